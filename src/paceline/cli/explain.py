@@ -1,0 +1,125 @@
+"""`paceline explain`: what every round of one answer drafted, cost and emitted, and why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from paceline.cli import loading
+from paceline.cli.generate import AsJson, Chat, Prompt, System, print_summary
+from paceline.cli.loading import Request
+from paceline.cli.options import Settings, takes_settings
+from paceline.cli.output import result_document
+from paceline.config import RunnerConfig, SamplingParams, SpeculationConfig
+from paceline.errors import OptionError
+
+if TYPE_CHECKING:
+    from paceline.engine import Engine
+    from paceline.records import GenerationResult, StepRecord
+
+COLUMNS = (
+    *("round", "drafter", "planned", "drafted", "accepted", "emitted", "expected"),
+    *("draft ms", "verify ms", "round ms", "why"),
+)
+ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+"""Points of the printed cost curve: tokens of one forward."""
+
+
+@takes_settings(SpeculationConfig, SamplingParams, RunnerConfig)
+def explain(
+    prompt: Prompt = None,
+    chat: Chat = None,
+    system: System = "",
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Most rounds to show.")] = 60,
+    as_json: AsJson = False,
+    *,
+    settings: Settings,
+) -> None:
+    """Answer a prompt and show every round: what was drafted, kept, what it cost, and why."""
+    if settings.sampling.n > 1:
+        raise OptionError(f"-n = {settings.sampling.n}: explain one answer at a time; leave it out")
+    text = loading.read_prompt(prompt)
+    with loading.open_engine(settings) as engine:
+        result = Request.make(engine, text, system, chat).run(engine, settings.sampling)[0]
+        if as_json:
+            typer.echo(json.dumps(explanation(engine, result), ensure_ascii=False))
+            return
+        console = Console()
+        console.print(rounds_table(result.steps[:rounds]))
+        if len(result.steps) > rounds:
+            console.print(f"{len(result.steps) - rounds} more rounds; --rounds {len(result.steps)} shows all")
+        console.print(cost_table(engine, context=_last_context(result)))
+        for row in calibration(engine):
+            console.print(" ".join(f"{name}={value}" for name, value in row.items()), highlight=False)
+        print_summary(engine, result)
+
+
+def _last_context(result: GenerationResult) -> int:
+    return result.num_prompt_tokens + result.num_tokens
+
+
+def rounds_table(steps: tuple[StepRecord, ...]) -> Table:
+    """One row a round; times in milliseconds."""
+    table = Table(title="rounds")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name in ("drafter", "why") else "right")
+    for number, step in enumerate(steps, start=1):
+        table.add_row(
+            str(number),
+            step.drafter or "plain",
+            str(step.num_planned),
+            str(step.num_drafted),
+            str(step.num_accepted),
+            str(step.num_emitted),
+            f"{step.expected_emitted:.2f}",
+            *(f"{1e3 * seconds:.2f}" for seconds in (step.draft_seconds, step.verify_seconds, step.round_seconds)),
+            escape(step.reason + (" (probe)" if step.probe else "")),
+        )
+    return table
+
+
+def cost_curve(engine: Engine, context: int) -> list[dict[str, float]]:
+    """Seconds of a forward over so many tokens, at this context."""
+    plain = engine.costs.t_plain(context)
+    curve = []
+    for rows in ROWS:
+        seconds = engine.costs.t_verify(rows, context)
+        curve.append({"rows": rows, "seconds": seconds, "against_plain": seconds / plain if plain else 0.0})
+    return curve
+
+
+def cost_table(engine: Engine, context: int) -> Table:
+    """The cost curve, and what each drafter costs."""
+    drafters = "; ".join(
+        f"{name}: {1e3 * cost.fixed:.3f} ms a round + {1e3 * cost.per_token:.3f} ms a token"
+        for name, cost in engine.costs.drafters.items()
+    )
+    table = Table(title=f"cost of a forward at {context} tokens of context", caption=drafters or None)
+    table.add_column("tokens")
+    for point in cost_curve(engine, context):
+        table.add_column(str(int(point["rows"])), justify="right")
+    table.add_row("ms", *(f"{1e3 * point['seconds']:.1f}" for point in cost_curve(engine, context)))
+    table.add_row("against plain", *(f"{point['against_plain']:.2f}x" for point in cost_curve(engine, context)))
+    return table
+
+
+def calibration(engine: Engine) -> list[dict[str, Any]]:
+    """The controller's reliability table (predicted against observed acceptance), if it keeps one."""
+    offered = getattr(engine.controller, "calibration", None)
+    return list(offered()) if callable(offered) else []
+
+
+def explanation(engine: Engine, result: GenerationResult) -> dict[str, Any]:
+    """Everything that the tables show, as one object."""
+    return result_document(engine, result) | {
+        "steps": [asdict(step) for step in result.steps],
+        "costs": engine.costs.to_json(),
+        "cost_curve": cost_curve(engine, _last_context(result)),
+        "calibration": calibration(engine),
+    }

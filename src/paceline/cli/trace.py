@@ -1,0 +1,44 @@
+"""`paceline trace`: record rounds for `paceline replay`, and for training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paceline.cli import loading
+from paceline.cli.loading import Request
+from paceline.cli.options import Settings, takes_settings
+from paceline.config import RunnerConfig, SamplingParams, SpeculationConfig
+from paceline.errors import OptionError
+
+
+@takes_settings(SpeculationConfig, SamplingParams, RunnerConfig)
+def trace(
+    out: Annotated[Path, typer.Argument(help="File to write: .jsonl, or .parquet (with pyarrow).", show_default=False)],
+    prompts: Annotated[str, typer.Option("--prompts", help="JSONL file (see docs/benchmarks.md), or `builtin`.")] = "builtin",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Most prompts of each category.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    *,
+    settings: Settings,
+) -> None:
+    """Answer prompts and record every round: what was known, drafted and accepted, and what it cost. No text is recorded."""
+    from paceline.study.prompts import load_prompts
+    from paceline.study.report import check_writable
+    from paceline.study.trace import TraceWriter, Tracing, read_trace, write_parquet
+
+    check_writable(out)
+    if out.suffix not in (".jsonl", ".parquet"):
+        raise OptionError(f"trace file {str(out)!r}: name it .jsonl or .parquet")
+    prompt_set = load_prompts(prompts, limit=limit)
+    lines = out.with_suffix(".jsonl")
+    with loading.open_engine(settings) as engine, TraceWriter(lines, engine.controller.name, engine.costs) as writer:
+        engine.controller = Tracing(engine.controller, writer)
+        for prompt in prompt_set:
+            Request.make(engine, prompt.text, "", False if raw else None).run(engine, settings.sampling, task=prompt.category)
+    recorded = read_trace(lines)
+    if out.suffix == ".parquet":
+        write_parquet(recorded, out)
+        lines.unlink()
+    typer.echo(f"{len(recorded.rounds)} rounds of {len(prompt_set)} prompts in {out}", err=True)

@@ -1,0 +1,201 @@
+"""Online estimates of the chance that a drafted position is accepted, from censored records.
+
+A round tells about positions up to and including the first rejection, and nothing beyond (7.3 of the control notes). Counts
+are discounted, so that old text fades. Estimates have three levels:
+
+- a prior, which grows with the strength of the drafter's signal and is moved by how the drafter does in its other buckets;
+- a pool for each (task, drafter, signal bucket), position by position, shared by all requests;
+- a request's own odds against its pool, one factor for each drafter: a request has too few rounds for a table of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from paceline.records import StepRecord
+
+POSITIONS = 16
+"""Positions with counts of their own; later ones share those of the last."""
+
+_BUCKET_ENDS = (0, 1, 2, 3, 4, 6, 9, 16)
+_BUCKETS = tuple(sum(signal > end for end in _BUCKET_ENDS) for signal in range(18))
+NUM_BUCKETS = len(_BUCKET_ENDS) + 1
+_PRIOR = (0.7, 0.25, 0.4, 0.5, 0.6, 0.7, 0.78, 0.84, 0.9)
+"""Chance of acceptance before anything was seen, by signal bucket. Bucket 0 is a drafter that gives no signal."""
+_HALF_LIFE = 512.0
+"""Tokens after which a request's evidence counts half, whether or not new evidence came."""
+
+
+def signal_bucket(signal: int) -> int:
+    """Bucket of a drafter's signal: 0, 1, 2, 3, 4, 5-6, 7-9, 10-16, 17 and more."""
+    return _BUCKETS[signal] if 0 <= signal < 18 else (NUM_BUCKETS - 1 if signal > 0 else 0)
+
+
+def observed_labels(record: StepRecord) -> tuple[float, ...]:
+    """What a round says about positions 1, 2, ...: up to and including the first rejection, nothing beyond.
+
+    Exact acceptance probabilities where the rule gave them (lower variance), else 1 for accepted and 0 for rejected. Rounds
+    that a stop condition cut short say nothing.
+    """
+    if record.truncated or record.num_drafted == 0:
+        return ()
+    if record.acceptance:
+        return record.acceptance
+    hits = (1.0,) * record.num_accepted
+    return hits if record.num_accepted >= record.num_drafted else (*hits, 0.0)
+
+
+class PositionTable:
+    """Discounted counts for each position, `a_j = s_j / n_j`; positions 1, 2, ... are kept from index 0."""
+
+    __slots__ = ("_discount", "hits", "means", "seen", "totals")
+
+    def __init__(self, discount: float, prior: float, weight: float) -> None:
+        self._discount = discount
+        self.hits = [prior * weight] * POSITIONS
+        self.totals = [weight] * POSITIONS
+        self.means = [prior] * POSITIONS
+        self.seen = 0
+        """Number of positions that were ever observed."""
+
+    def update(self, labels: Sequence[float]) -> None:
+        """Count the labels of positions 1, 2, ... of one round."""
+        keep, hits, totals, means = self._discount, self.hits, self.totals, self.means
+        for j, label in enumerate(labels):
+            slot = j if j < POSITIONS else POSITIONS - 1
+            hits[slot] = keep * hits[slot] + label
+            totals[slot] = keep * totals[slot] + 1.0
+            means[slot] = hits[slot] / totals[slot]
+        if len(labels) > self.seen:
+            self.seen = min(len(labels), POSITIONS)
+
+    def rates(self, count: int) -> list[float]:
+        """a_1 .. a_count; a position beyond anything seen takes the last one seen."""
+        seen = self.seen or 1
+        if count <= seen:
+            return self.means[:count]
+        return self.means[:seen] + [self.means[seen - 1]] * (count - seen)
+
+    def restore(self, hits: Sequence[float], totals: Sequence[float], seen: int, most: float) -> None:
+        """Take stored counts over, at most `most` observations a position, so that the present soon outweighs them."""
+        if len(hits) != POSITIONS or len(totals) != POSITIONS or not 0 <= seen <= POSITIONS or min(totals) <= 0:
+            raise ValueError("acceptance counts: wrong length or no observations")
+        for j, (hit, total) in enumerate(zip(hits, totals, strict=True)):
+            self.means[j] = min(max(hit / total, 0.0), 1.0)
+            self.totals[j] = min(total, most)
+            self.hits[j] = self.means[j] * self.totals[j]
+        self.seen = seen
+
+
+class Shift:
+    """By how much something does better or worse than predicted, as a factor on the odds.
+
+    discount: fading for each label; weight: labels that the prediction counts for.
+    """
+
+    __slots__ = ("_discount", "_expected", "_hits", "_last", "_weight", "odds", "total")
+
+    def __init__(self, discount: float, weight: float) -> None:
+        self._discount = discount
+        self._weight = weight
+        self._hits = self._expected = 0.0
+        self._last = 0
+        self.total = 0.0
+        """Labels, discounted."""
+        self.odds = 1.0
+
+    def update(self, labels: Sequence[float], predicted: Sequence[float], now: int = 0) -> None:
+        """Count labels against what was predicted for them; now: emitted tokens, for ageing."""
+        keep = self._discount ** len(labels) * 0.5 ** ((now - self._last) / _HALF_LIFE)
+        self._last = now
+        self._hits = keep * self._hits + sum(labels)
+        self._expected = keep * self._expected + sum(predicted)
+        self.total = keep * self.total + len(labels)
+        mean = min(max(self._expected / self.total, 0.005), 0.995)
+        seen = (self._hits + self._weight * mean) / (self.total + self._weight)
+        seen = min(max(seen, 0.001), 0.999)
+        self.odds = seen * (1.0 - mean) / ((1.0 - seen) * mean)
+
+    def apply(self, rates: list[float]) -> list[float]:
+        """The rates with their odds multiplied."""
+        odds = self.odds
+        return [odds * rate / (1.0 + (odds - 1.0) * rate) for rate in rates]
+
+
+class AcceptanceModel:
+    """All estimates of an engine.
+
+    pool_discount, request_discount: fading for each label; weight: labels that a request's prediction counts for.
+    """
+
+    def __init__(self, pool_discount: float = 0.99, request_discount: float = 0.95, weight: float = 5.0) -> None:
+        self._pool_discount = pool_discount
+        self._request_discount = request_discount
+        self._weight = weight
+        self._pools: dict[tuple[str, str, int], PositionTable] = {}
+        self._levels: dict[str, Shift] = {}
+        self._requests: dict[int, dict[str, Shift]] = {}
+
+    def rates(self, request_id: int, task: str, drafter: str, bucket: int, count: int) -> list[float]:
+        """Estimated chances a_1 .. a_count that a position is accepted, given that those before it were."""
+        pool = self._pools.get((task, drafter, bucket))
+        rates = pool.rates(count) if pool is not None else [self._start(drafter, bucket)] * count
+        shifts = self._requests.get(request_id)
+        shift = shifts.get(drafter) if shifts is not None else None
+        return shift.apply(rates) if shift is not None else rates
+
+    def doubt(self, request_id: int, drafter: str, rate: float, gap: float) -> float:
+        """How plausible it is that a true rate exceeds its estimate by `gap`: 1 when the evidence does not speak against it."""
+        shifts = self._requests.get(request_id)
+        shift = shifts.get(drafter) if shifts is not None else None
+        total = self._weight + (shift.total if shift is not None else 0.0)
+        variance = max(rate * (1.0 - rate), 0.01) / total
+        return math.exp(-gap * gap / (2.0 * variance))
+
+    def update(self, request_id: int, task: str, drafter: str, bucket: int, labels: Sequence[float], now: int = 0) -> None:
+        """Count a round's labels (see `observed_labels`) at every level; now: tokens emitted so far."""
+        if not labels:
+            return
+        pool = self._pools.get((task, drafter, bucket))
+        if pool is None:
+            pool = self._pools[(task, drafter, bucket)] = self._new_pool(drafter, bucket)
+        shifts = self._requests.setdefault(request_id, {})
+        own = shifts.get(drafter)
+        if own is None:
+            own = shifts[drafter] = Shift(self._request_discount, self._weight)
+        own.update(labels, pool.rates(len(labels)), now)
+        level = self._levels.get(drafter)
+        if level is None:
+            level = self._levels[drafter] = Shift(self._pool_discount, self._weight)
+        level.update(labels, [_PRIOR[bucket]] * len(labels))
+        pool.update(labels)
+
+    def forget(self, request_id: int) -> None:
+        """The request ended; what it taught stays in the pools."""
+        self._requests.pop(request_id, None)
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """The pools as plain data, for `restore`."""
+        return [
+            {"task": task, "drafter": drafter, "bucket": bucket, "hits": pool.hits, "totals": pool.totals, "seen": pool.seen}
+            for (task, drafter, bucket), pool in self._pools.items()
+        ]
+
+    def restore(self, pools: Sequence[dict[str, Any]], most: float = 10.0) -> None:
+        """Begin with stored pools. Raises KeyError, TypeError or ValueError on data that `snapshot` did not write."""
+        for data in pools:
+            task, drafter, bucket = str(data["task"]), str(data["drafter"]), int(data["bucket"])
+            if not 0 <= bucket < NUM_BUCKETS:
+                raise ValueError(f"acceptance counts: bucket {bucket} is not in [0, {NUM_BUCKETS})")
+            pool = self._new_pool(drafter, bucket)
+            pool.restore(data["hits"], data["totals"], data["seen"], most)
+            self._pools[(task, drafter, bucket)] = pool
+
+    def _new_pool(self, drafter: str, bucket: int) -> PositionTable:
+        return PositionTable(self._pool_discount, self._start(drafter, bucket), 3.0)
+
+    def _start(self, drafter: str, bucket: int) -> float:
+        level = self._levels.get(drafter)
+        return level.apply([_PRIOR[bucket]])[0] if level is not None else _PRIOR[bucket]

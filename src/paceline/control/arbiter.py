@@ -1,0 +1,93 @@
+"""Delivered speed decides between plain and speculative decoding, whatever the model of costs says (8.2 of the control notes).
+
+Speeds are relative to a plain step (tokens * plain seconds / seconds), so that a growing context needs no special case and
+plain decoding has speed 1. Their one weak point is a stale price of the plain step; so that is renewed before a verdict.
+"""
+
+from __future__ import annotations
+
+
+def better(current: float, other: float, current_deviation: float, other_deviation: float) -> bool:
+    """Whether the other mode's speed exceeds the current one's by more than the margin for noise."""
+    return other > current + max(0.05 * current, 0.5 * (current_deviation + other_deviation))
+
+
+class Estimate:
+    """Running speed of a mode with its mean deviation. A first value replaces; later ones are averaged in."""
+
+    __slots__ = ("_fresh", "deviation", "value")
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self.deviation = 0.0
+        self._fresh = True
+
+    def update(self, value: float) -> None:
+        """Take in the speed of one window."""
+        if self._fresh:
+            self.value, self._fresh = value, False
+            return
+        error = value - self.value
+        self.value += 0.3 * error
+        self.deviation = 0.7 * self.deviation + 0.3 * abs(error)
+
+
+class Arbiter:
+    """Watches windows of rounds and forbids speculation for a while where it delivers less than plain decoding.
+
+    window: rounds of a window; dwell: windows in a row that must agree; retry: tokens of plain decoding after which
+    speculation is allowed again; refresh: tokens without a plain round after which one is asked for.
+    """
+
+    def __init__(self, window: int = 16, dwell: int = 2, retry: int = 256, refresh: int = 512) -> None:
+        self._window, self._dwell, self._retry, self._refresh = window, dwell, retry, refresh
+        self._estimate = Estimate()
+        self._rounds = 0
+        self._worth = 0.0
+        self._seconds = 0.0
+        self._against = 0
+        self._since_plain = 0.0
+        self._plain_left = 0
+        self._banned_for = 0.0
+
+    @property
+    def forbids(self) -> bool:
+        """Speculation is off, since it delivered less than plain decoding."""
+        return self._banned_for > 0.0
+
+    @property
+    def wants_plain(self) -> bool:
+        """A plain round is due to renew the price of a plain step."""
+        return self._plain_left > 0
+
+    def observe(self, plain_seconds: float, num_emitted: float, seconds: float, speculative: bool) -> None:
+        """Count a finished round. plain_seconds: price of a plain step now."""
+        if speculative:
+            self._since_plain += num_emitted
+            if self._since_plain >= self._refresh:
+                self._plain_left = max(self._plain_left, 1)
+        else:
+            self._since_plain = 0.0
+            self._plain_left = max(0, self._plain_left - 1)
+        if self._banned_for > 0.0:
+            self._banned_for -= num_emitted
+            return
+        self._worth += plain_seconds * num_emitted
+        self._seconds += seconds
+        self._rounds += 1
+        if self._rounds >= self._window:
+            self._close_window()
+
+    def _close_window(self) -> None:
+        estimate = self._estimate
+        estimate.update(self._worth / self._seconds if self._seconds > 0.0 else 1.0)
+        self._rounds, self._worth, self._seconds = 0, 0.0, 0.0
+        if not better(estimate.value, 1.0, estimate.deviation, 0.0):
+            self._against = 0
+            return
+        self._against += 1
+        self._plain_left = 3
+        if self._against >= self._dwell:
+            self._banned_for = self._retry
+            self._against = 0
+            self._estimate = Estimate()

@@ -1,0 +1,48 @@
+"""The time bank: a hard bound on what speculation may cost over plain decoding (8.3 of the control notes; ours).
+
+Total time <= (1 + eps) * plain time + start, at every moment, as long as no speculative round takes longer than the loss that
+it was granted. The idea is that of conservative bandits (Wu et al. 2016, arXiv 1602.04282). One bank serves an engine: a new
+request does not bring a new start.
+"""
+
+from __future__ import annotations
+
+
+class TimeBank:
+    """Seconds that speculation may still lose.
+
+    eps: share of plain time that may be lost in the long run; start: what may be lost at once, in plain steps; cap: most that
+    is kept of earlier gains, in plain steps, so that old successes cannot pay for a long bad stretch.
+    """
+
+    __slots__ = ("_cap", "_eps", "_start", "granted", "slack")
+
+    def __init__(self, eps: float = 0.01, start: float = 3.0, cap: float = 200.0) -> None:
+        self._eps, self._start, self._cap = eps, start, cap
+        self.slack = -1.0
+        """(1 + eps) * plain time + start - time so far, but at most the cap; seconds. Negative until `open`."""
+        self.granted = 0.0
+        """Losses allowed to plans of the running round (several in a batch), seconds."""
+
+    def open(self, plain_seconds: float) -> None:
+        """Set the start from the time of a plain step."""
+        self.slack = self._start * plain_seconds
+
+    def grant(self, loss: float) -> bool:
+        """Allow a plan that loses at most this many seconds (one token emitted), if everything granted can be paid."""
+        if self.slack < self.granted + loss:
+            return False
+        self.granted += loss
+        return True
+
+    def settle_plain(self, plain_seconds: float, num_emitted: float = 1.0) -> None:
+        """A plain round: its time is plain time by definition, and its tokens add their share of eps."""
+        self._settle(self._eps * plain_seconds * num_emitted, plain_seconds)
+
+    def settle(self, plain_seconds: float, num_emitted: float, seconds: float) -> None:
+        """A speculative round of `seconds` that emitted `num_emitted` tokens, each worth a plain step."""
+        self._settle((1.0 + self._eps) * plain_seconds * num_emitted - seconds, plain_seconds)
+
+    def _settle(self, gain: float, plain_seconds: float) -> None:
+        self.granted = 0.0
+        self.slack = min(self.slack + gain, self._cap * plain_seconds)

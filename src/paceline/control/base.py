@@ -1,0 +1,55 @@
+"""The controller interface: decides before a round, may stop a draft early, learns from finished rounds.
+
+A controller sees finished `StepRecord`s, drafters' `Outlook`s and draft-side `DraftFeatures`. It is never given target data of
+an unverified position: no signature here could carry it. Plain Python, no torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
+
+
+@dataclass(frozen=True, slots=True)
+class RoundContext:
+    """What is known before a round of one sequence."""
+
+    request_id: int
+    context_length: int
+    """Committed tokens, prompt included."""
+    max_draft: int
+    """Upper bound for this round: configuration, remaining output and context are already taken into account."""
+    outlooks: tuple[Outlook, ...]
+    """One for each drafter, in the user's order of preference; empty when nothing can draft."""
+    batch_size: int = 1
+    other_rows: int = 0
+    """Rows that the other sequences have already put into this round's forward."""
+    task: str = ""
+    """Tag of similar requests that share what was learnt."""
+
+
+class Controller(ABC):
+    """Decides how much to draft, with what. One instance serves an engine; state per request is keyed by `request_id`."""
+
+    name: str = ""
+
+    @abstractmethod
+    def plan(self, context: RoundContext) -> Plan:
+        """Decide the coming round of one sequence. Must return 0 <= num_draft <= min(max_draft, available)."""
+
+    def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
+        """Asked after each drawn token, which stays in the draft: shall another one follow?"""
+        return True
+
+    def observe(self, record: StepRecord) -> None:
+        """Learn from a finished round."""
+
+    def finish(self, request_id: int) -> None:
+        """The request ended: forget its own state."""
+
+
+def longest_outlook(context: RoundContext) -> Outlook | None:
+    """The first drafter, in order of preference, that has something to propose."""
+    return next((o for o in context.outlooks if o.available > 0), None)

@@ -1,0 +1,358 @@
+"""The default controller: prices every drafter and draft length, plain decoding included, and bounds what it may lose (ours).
+
+Each round, the order of authority is: time bank (safety), arbiter (delivered speed), prices (prediction), stop rule (local).
+Prices are expected tokens over expected seconds for every length, from learnt costs (`pricing`) and learnt acceptance
+(`acceptance`, `confidence`): sections 7.2, 7.3 and 8 of the control notes. What does not pay is probed now and then
+(`probing`), within the bank's means. Lossless: it reads finished rounds, committed tokens and kept draft tokens only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from paceline.control.acceptance import AcceptanceModel, observed_labels, signal_bucket
+from paceline.control.arbiter import Arbiter
+from paceline.control.bank import TimeBank
+from paceline.control.base import Controller, RoundContext
+from paceline.control.confidence import Bin, ConfidenceModel
+from paceline.control.pricing import LearnedCosts, best_net, best_ratio, rows_bucket, worth_another
+from paceline.control.probing import ProbeSchedule
+from paceline.costs import CostTable
+from paceline.errors import OptionError
+from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
+
+_NOTHING = Plan(None, 0, "plain: nothing to draft")
+_DUE_CATCH_UP = 8
+_STAY = 16
+_CALIBRATED = 64
+_HICCUP = 3.0
+_HICCUP_ROUNDS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PacerOptions:
+    """Options of `pacer`. Times of the bank are counted in plain steps."""
+
+    eps: float = 0.01
+    """Share of plain time that speculation may lose in the long run (0 to 1)."""
+    start: float = 3.0
+    """What it may lose at once, in plain steps (0 to 1000)."""
+    cap: float = 200.0
+    """Most that is kept of earlier gains, in plain steps (0 to 1e6)."""
+    margin: float = 0.02
+    """Drafting must promise this much more than plain decoding, relative (0 to 1)."""
+    explain: bool = False
+    """Give reasons with figures (a little slower)."""
+
+    def __post_init__(self) -> None:
+        for name, high in (("eps", 1.0), ("start", 1e3), ("cap", 1e6), ("margin", 1.0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= high:
+                raise OptionError(f"{name} = {value!r}: must be a number in [0, {high:g}]")
+
+
+@dataclass(slots=True)
+class _Offer:
+    """The best that one drafter can do in the coming round."""
+
+    outlook: Outlook
+    bucket: int
+    rates: list[float]
+    seconds: list[float]
+    """Predicted time of the round for 0, 1, ... drafted tokens; in a batch, of the shared forward and this draft."""
+    num_draft: int
+    emitted: float
+    merit: float = 0.0
+    """Tokens of this round for one that the time would have emitted by plain decoding."""
+
+
+@dataclass(slots=True)
+class _Stop:
+    """What `keep_drafting` needs of the running round."""
+
+    offer: _Offer
+    price: float
+    survival: float = 1.0
+
+
+class _Delivered:
+    """What a drafter with a stop rule delivered against what was expected of it, as one factor on its merit."""
+
+    __slots__ = ("_emitted", "_expected_emitted", "_expected_seconds", "_seconds")
+
+    def __init__(self) -> None:
+        self._emitted = self._expected_emitted = self._seconds = self._expected_seconds = 0.0
+
+    def update(self, record: StepRecord, seconds: float) -> None:
+        keep = 0.98
+        self._emitted = keep * self._emitted + record.num_emitted
+        self._expected_emitted = keep * self._expected_emitted + record.expected_emitted
+        self._seconds = keep * self._seconds + min(seconds, _HICCUP * record.expected_seconds)
+        self._expected_seconds = keep * self._expected_seconds + record.expected_seconds
+
+    def factor(self) -> float:
+        if self._expected_emitted < 10.0 or self._seconds <= 0.0:
+            return 1.0
+        return self._emitted / self._expected_emitted * self._expected_seconds / self._seconds
+
+
+class Pacer(Controller):
+    """See the module's text. One instance serves an engine; only a request's own odds and running round are kept by id."""
+
+    name = "pacer"
+    options_type = PacerOptions
+
+    def __init__(self, options: PacerOptions, costs: CostTable) -> None:
+        self.options = options
+        self._costs = LearnedCosts(costs)
+        self._acceptance = AcceptanceModel()
+        self._confidence: dict[str, ConfidenceModel] = {}
+        self._delivered: dict[str, _Delivered] = {}
+        self._bank = TimeBank(options.eps, options.start, options.cap)
+        self._probes = ProbeSchedule()
+        self._arbiters: dict[tuple[str, int], Arbiter] = {}
+        self._stops: dict[int, _Stop] = {}
+        self._catch_up: dict[int, int] = {}
+        self._tokens = 0
+        self._batch_speed = 1.0
+        self._rounds_since_hiccup = _HICCUP_ROUNDS
+
+    def plan(self, context: RoundContext) -> Plan:
+        limit = context.max_draft
+        able = [outlook for outlook in context.outlooks if outlook.available > 0] if limit > 0 else None
+        if not able:
+            return _NOTHING
+        plain = self._plain_seconds(context.context_length, context.batch_size)
+        arbiter = self._arbiter(context.task, context.batch_size)
+        if arbiter.forbids:
+            return Plan(None, 0, "plain: speculation delivered less lately", 1.0, plain)
+        if arbiter.wants_plain:
+            return Plan(None, 0, "plain: renewing the price of a plain step", 1.0, plain)
+        best = self._offer(context, able[0], plain)
+        others: list[_Offer] = []
+        for outlook in able[1:]:
+            offer = self._offer(context, outlook, plain)
+            if offer.merit > best.merit:
+                best, offer = offer, best
+            others.append(offer)
+        pays = best.merit > 1.0 + self.options.margin
+        for offer in others if pays else [best, *others]:
+            if self._may_probe(context, offer, plain, best.merit if pays else 1.0):
+                return self._grant(context, offer, plain, min(offer.num_draft, 2), probe=True)
+        if pays:
+            return self._grant(context, best, plain, best.num_draft, probe=False)
+        return Plan(None, 0, self._why_plain(best, plain), 1.0, plain)
+
+    def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
+        stop = self._stops.get(request_id)
+        if stop is None:
+            return True
+        offer = stop.offer
+        model = self._confidence[offer.outlook.drafter]
+        stop.survival *= model.chance(features.position, features.max_prob)
+        return worth_another(stop.survival, features.position, offer.rates, offer.seconds, stop.price)
+
+    def observe(self, record: StepRecord) -> None:
+        batch = record.batch_size
+        plain = self._plain_seconds(record.context_length, batch)
+        rows = record.batch_rows or record.num_drafted + 1
+        seconds = record.round_seconds or record.verify_seconds + record.draft_seconds
+        speculative = record.drafter is not None or rows > batch
+        self._tokens += record.num_emitted
+        if speculative:
+            self._rounds_since_hiccup += 1
+            self._bank.settle(plain / batch, record.num_emitted, self._charge(record, rows, seconds) / batch)
+        else:
+            self._bank.settle_plain(plain / batch, record.num_emitted)
+        if record.drafter is not None:
+            self._learn_acceptance(record, seconds)
+        if record.warmup:
+            return
+        self._learn_costs(record, rows, seconds, speculative)
+        self._arbiter(record.task, batch).observe(plain / batch, record.num_emitted, seconds / batch, speculative)
+
+    def finish(self, request_id: int) -> None:
+        self._acceptance.forget(request_id)
+        self._catch_up.pop(request_id, None)
+        self._stops.pop(request_id, None)
+
+    def reliability(self) -> dict[str, list[Bin]]:
+        """Predicted against observed acceptance of each drafter that states its confidence."""
+        return {drafter: model.reliability() for drafter, model in self._confidence.items()}
+
+    def snapshot(self) -> dict[str, Any]:
+        """What was learnt about acceptance, as plain data for a stored profile."""
+        curves = {drafter: model.snapshot() for drafter, model in self._confidence.items()}
+        return {"version": 1, "acceptance": self._acceptance.snapshot(), "confidence": curves}
+
+    def restore(self, data: dict[str, Any]) -> None:
+        """Begin with a stored profile. Raises KeyError, TypeError or ValueError on data that `snapshot` did not write."""
+        if data["version"] != 1:
+            raise ValueError(f"pacer profile: version {data['version']!r} is unknown, expected 1")
+        curves: dict[str, ConfidenceModel] = {}
+        for drafter, curve in data["confidence"].items():
+            curves[drafter] = ConfidenceModel()
+            curves[drafter].restore(curve)
+        self._acceptance.restore(data["acceptance"])
+        self._confidence.update(curves)
+
+    def _plain_seconds(self, context: int, batch: int) -> float:
+        plain = self._costs.plain(context, batch)
+        if self._bank.slack < 0.0 and self._tokens == 0:
+            self._bank.open(plain)
+        return plain
+
+    def _arbiter(self, task: str, batch: int) -> Arbiter:
+        key = (task, rows_bucket(batch))
+        arbiter = self._arbiters.get(key)
+        if arbiter is None:
+            arbiter = self._arbiters[key] = Arbiter()
+        return arbiter
+
+    def _offer(self, context: RoundContext, outlook: Outlook, plain: float) -> _Offer:
+        limit = min(context.max_draft, outlook.available)
+        bucket = signal_bucket(outlook.signal)
+        rates = self._acceptance.rates(context.request_id, context.task, outlook.drafter, bucket, limit)
+        curve = self._costs.learnt(_base_rows(context), limit, context.context_length)
+        line = self._costs.line(outlook.drafter)
+        lag = outlook.catch_up
+        if lag > _DUE_CATCH_UP:
+            # A long lag is paid once for a stay of many rounds (7.8).
+            lag = _DUE_CATCH_UP + (lag - _DUE_CATCH_UP) // _STAY
+        once, each = line.seconds(0, lag) + self._costs.overhead, line.per_token
+        seconds = [once + each * k + curve[k] for k in range(limit + 1)]
+        if _alone(context):
+            num_draft, emitted = best_ratio(rates, seconds)
+            merit = emitted * plain / seconds[num_draft]
+        else:
+            price = self._batch_price(context, plain)
+            num_draft, emitted = best_net(rates, seconds, price)
+            merit = emitted - price * (seconds[num_draft] - curve[0])
+        delivered = self._delivered.get(outlook.drafter)
+        if delivered is not None:
+            merit *= delivered.factor()
+        return _Offer(outlook, bucket, rates, seconds, num_draft, emitted, merit)
+
+    def _batch_price(self, context: RoundContext, plain: float) -> float:
+        """Tokens a second that the whole batch emits: at least those of plain decoding, else what was delivered lately."""
+        return max(1.0, self._batch_speed) * context.batch_size / plain
+
+    def _may_probe(self, context: RoundContext, offer: _Offer, plain: float, speed: float) -> bool:
+        """Whether an offer that does not win should be tried once more; speed: of what wins, relative to plain."""
+        spent = offer.seconds[offer.num_draft] / plain if _alone(context) else offer.emitted + 1.0 - offer.merit
+        loss = max(0.0, speed * spent - offer.emitted)
+        doubt = self._acceptance.doubt(context.request_id, offer.outlook.drafter, offer.rates[0], loss)
+        return self._probes.due(
+            _key(context.task, offer.outlook.drafter, offer.bucket, context.batch_size), self._tokens, loss, doubt
+        )
+
+    def _grant(self, context: RoundContext, offer: _Offer, plain: float, num_draft: int, *, probe: bool) -> Plan:
+        """Let the bank shorten or refuse the draft, and write the plan."""
+        drafter, request_id = offer.outlook.drafter, context.request_id
+        model = self._confidence.get(drafter)
+        stops = model is not None and model.labels >= _CALIBRATED and not probe
+        num_draft = self._affordable(context, offer, plain, len(offer.rates) if stops else num_draft)
+        if num_draft == 0:
+            return Plan(None, 0, "plain: bank, earlier losses come first", 1.0, plain)
+        emitted, survival = 1.0, 1.0
+        expected = min(num_draft, offer.num_draft)
+        for rate in offer.rates[:expected]:
+            survival *= rate
+            emitted += survival
+        seconds = offer.seconds[expected]
+        if stops:
+            price = max(offer.merit, 1.0) / plain if _alone(context) else self._batch_price(context, plain)
+            self._stops[request_id] = _Stop(offer, price)
+        else:
+            self._stops.pop(request_id, None)
+        self._catch_up[request_id] = offer.outlook.catch_up
+        return Plan(drafter, num_draft, self._why_draft(num_draft, emitted, seconds / plain, probe), emitted, seconds, probe)
+
+    def _affordable(self, context: RoundContext, offer: _Offer, plain: float, wanted: int) -> int:
+        """The longest draft, up to the wanted one, whose worst loss the bank grants; 0 if there is none."""
+        table = self._costs.measured(_base_rows(context), wanted, context.context_length)
+        free = plain if _alone(context) else table[0]
+        line = self._costs.line(offer.outlook.drafter)
+        margin = 1.0 + 2.0 * self._costs.deviation
+        for k in range(wanted, 0, -1):
+            draft = line.seconds(k, offer.outlook.catch_up) + self._costs.overhead
+            worst = max(margin * offer.seconds[k], table[k] + draft)
+            if self._bank.grant(max(0.0, worst - free)):
+                return k
+        return 0
+
+    def _charge(self, record: StepRecord, rows: int, seconds: float) -> float:
+        """The seconds of a speculative round that the bank is charged with.
+
+        Now and then a round is interrupted (another process, a page fault), and plain decoding would have been as well: one
+        round in 32 may be cut to three times its worst price, and rounds after a cold start always.
+        """
+        worst = max(self._costs.measured(rows, 0, record.context_length)[0], record.expected_seconds)
+        if record.drafter is not None:
+            worst += self._costs.line(record.drafter).seconds(record.num_drafted, self._catch_up.get(record.request_id, 0))
+        worst = _HICCUP * (worst + self._costs.overhead)
+        if seconds <= worst:
+            return seconds
+        if record.warmup:
+            return worst
+        if self._rounds_since_hiccup < _HICCUP_ROUNDS * record.batch_size and self._rounds_since_hiccup > record.batch_size:
+            return seconds
+        if self._rounds_since_hiccup > record.batch_size:
+            self._rounds_since_hiccup = 0
+        return worst
+
+    def _learn_acceptance(self, record: StepRecord, seconds: float) -> None:
+        assert record.drafter is not None  # the caller asked
+        drafter, bucket = record.drafter, signal_bucket(record.signal)
+        labels = observed_labels(record)
+        self._acceptance.update(record.request_id, record.task, drafter, bucket, labels, self._tokens)
+        if record.confidences:
+            self._confidence.setdefault(drafter, ConfidenceModel()).update(record.confidences, labels)
+            if not (record.truncated or record.warmup or record.probe) and record.batch_size == 1:
+                self._delivered.setdefault(drafter, _Delivered()).update(record, seconds)
+        key = _key(record.task, drafter, bucket, record.batch_size)
+        if not record.probe:
+            self._probes.pays(key, self._tokens)
+        elif labels:
+            self._probes.probed(key, self._tokens, accepted=record.num_accepted > 0)
+
+    def _learn_costs(self, record: StepRecord, rows: int, seconds: float, speculative: bool) -> None:
+        batch, costs = record.batch_size, self._costs
+        if not speculative:
+            costs.learn_plain(record.context_length, batch, seconds, record.verify_seconds)
+            return
+        rest = seconds - record.verify_seconds - record.draft_seconds
+        costs.learn_round(record.context_length, rows, batch, record.verify_seconds, rest if batch == 1 else costs.overhead)
+        if record.drafter is not None:
+            lag = self._catch_up.get(record.request_id, 0)
+            costs.line(record.drafter).learn(record.num_drafted, record.draft_seconds, lag)
+        if batch == 1 and record.expected_seconds > 0.0 and record.num_drafted == record.num_planned:
+            costs.learn_deviation(record.expected_seconds, seconds)
+        elif batch > 1 and seconds > 0.0:
+            emitted = record.batch_emitted or record.num_emitted * batch
+            speed = emitted * costs.plain(record.context_length, batch) / (batch * seconds)
+            self._batch_speed += 0.05 / batch * (min(speed, 2.0 * self._batch_speed) - self._batch_speed)
+
+    def _why_plain(self, offer: _Offer, plain: float) -> str:
+        if not self.options.explain:
+            return "plain: drafting would not pay"
+        drafter, k, steps = offer.outlook.drafter, offer.num_draft, offer.seconds[offer.num_draft] / plain
+        return f"plain: {drafter} {k}: expects {offer.emitted:.2f} tokens for {steps:.2f} plain steps (first {offer.rates[0]:.0%})"
+
+    def _why_draft(self, num_draft: int, emitted: float, steps: float, probe: bool) -> str:
+        verb = "probing" if probe else "drafting"
+        return f"{verb} {num_draft}: expects {emitted:.1f} tokens for {steps:.2f} plain steps" if self.options.explain else verb
+
+
+def _alone(context: RoundContext) -> bool:
+    return context.batch_size == 1 and context.other_rows == 0
+
+
+def _base_rows(context: RoundContext) -> int:
+    """Rows of the round's forward if this sequence drafts nothing: sequences that come later bring at least one each."""
+    return max(context.other_rows + 1, context.batch_size)
+
+
+def _key(task: str, drafter: str, bucket: int, batch: int) -> tuple[str, str, int, int]:
+    return task, drafter, bucket, rows_bucket(batch)

@@ -1,0 +1,245 @@
+"""The price of a round: pure scans over draft lengths, and costs that follow the rounds that were run. Times are seconds.
+
+The measured table gives the shape; observed rounds give a factor for each number of rows, so that another load or clock needs
+no new measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from paceline.costs import CostTable
+
+_EXACT_ROWS = 64
+_NUM_BUCKETS = _EXACT_ROWS + 17
+_CONTEXT_SHIFT = 7
+_OUTLIER = 3.0
+_SLOWEST_RATE = 0.1
+_EPOCH = 16
+
+
+def best_ratio(rates: Sequence[float], seconds: Sequence[float]) -> tuple[int, float]:
+    """The draft length k >= 1 with the most tokens a second, and its expected tokens.
+
+    rates: a_1 .. a_K; seconds: whole round for k = 0 .. K. All lengths are scanned, since costs have steps (7.2).
+    """
+    best, best_emitted, best_speed = 1, 1.0, -1.0
+    survival = emitted = 1.0
+    for k, rate in enumerate(rates, 1):
+        survival *= rate
+        emitted += survival
+        if emitted > best_speed * seconds[k]:
+            best, best_emitted, best_speed = k, emitted, emitted / seconds[k]
+    return best, best_emitted
+
+
+def best_net(rates: Sequence[float], seconds: Sequence[float], price: float) -> tuple[int, float]:
+    """The draft length k >= 1 with the largest `tokens - price * seconds`, and its expected tokens.
+
+    As `best_ratio`, for a shared forward, whose time has a price (tokens a second) that all requests of a batch pay (7.6).
+    """
+    best, best_emitted, best_value = 1, 1.0, -float("inf")
+    survival = emitted = 1.0
+    for k, rate in enumerate(rates, 1):
+        survival *= rate
+        emitted += survival
+        value = emitted - price * seconds[k]
+        if value > best_value:
+            best, best_emitted, best_value = k, emitted, value
+    return best, best_emitted
+
+
+def worth_another(survival: float, drafted: int, rates: Sequence[float], seconds: Sequence[float], price: float) -> bool:
+    """The one rule while drafting: does some longer draft gain more tokens than its extra time is worth?
+
+    survival: chance that all `drafted` tokens are accepted; rates: a_1 .. a_K; seconds: whole round for k = 0 .. K; price:
+    tokens a second. Looks past the next token, because the step after a dear one may be cheap (7.2, cliffs).
+    """
+    gain = 0.0
+    spent = seconds[drafted]
+    for k in range(drafted + 1, len(rates) + 1):
+        survival *= rates[k - 1]
+        gain += survival
+        if gain > price * (seconds[k] - spent):
+            return True
+    return False
+
+
+def rows_bucket(rows: int) -> int:
+    """Rows 1 to 64 have buckets of their own, then one for each doubling."""
+    return rows if rows <= _EXACT_ROWS else min(_EXACT_ROWS + (rows - 1).bit_length() - 6, _NUM_BUCKETS - 1)
+
+
+class Factor:
+    """A running factor between what was predicted and what is seen; the first ones count for more, outliers are clipped."""
+
+    __slots__ = ("count", "value")
+
+    def __init__(self) -> None:
+        self.value = 1.0
+        self.count = 0.0
+
+    def update(self, ratio: float, weight: float = 1.0) -> None:
+        """Move towards a new ratio, by a tenth once settled."""
+        self.count += weight
+        ratio = min(max(ratio, self.value / _OUTLIER), self.value * _OUTLIER)
+        self.value += weight * max(_SLOWEST_RATE, 1.0 / (self.count + 1.0)) * (ratio - self.value)
+
+
+class MedianFactor:
+    """Median of the last five ratios: a hiccup of the machine does not move it, three slow rounds do."""
+
+    __slots__ = ("_last", "_share", "value")
+
+    def __init__(self) -> None:
+        self.value = 1.0
+        self._last = [1.0] * 3
+        self._share = 0.0
+
+    def update(self, ratio: float, weight: float) -> None:
+        """Take in a ratio; a batched round comes as several records, each with its share of the weight."""
+        self._share += weight
+        if self._share < 0.999:
+            return
+        self._share = 0.0
+        last = self._last
+        last.append(ratio)
+        if len(last) > 5:
+            del last[0]
+        self.value = sorted(last)[len(last) // 2]
+
+
+class DraftLine:
+    """Draft time of a round as `fixed + per_token * drafted`, by discounted least squares that starts from the table."""
+
+    __slots__ = ("_n", "_nn", "_nt", "_t", "_w", "fixed", "per_catch_up", "per_token")
+
+    def __init__(self, costs: CostTable, drafter: str) -> None:
+        self._w = self._n = self._nn = self._t = self._nt = 0.0
+        known = costs.drafters.get(drafter)
+        self.fixed = known.fixed if known else 0.0
+        self.per_token = known.per_token if known else 0.0
+        self.per_catch_up = known.per_catch_up if known else 0.0
+        if known:
+            for tokens in (1, 8):
+                self._add(tokens, known.fixed + known.per_token * tokens, 2.0)
+
+    def seconds(self, tokens: int, catch_up: float) -> float:
+        """Predicted drafting time of a round."""
+        return self.fixed + self.per_token * tokens + self.per_catch_up * catch_up
+
+    def learn(self, tokens: int, seconds: float, catch_up: float) -> None:
+        """Count a round's drafting time."""
+        seconds = max(0.0, seconds - self.per_catch_up * catch_up)
+        if self._w > 8.0:
+            # Settled: one outlier must not bend the line.
+            seconds = min(seconds, _OUTLIER * (self.fixed + self.per_token * tokens) + 1e-5)
+        keep = 0.95
+        self._w *= keep
+        self._n *= keep
+        self._nn *= keep
+        self._t *= keep
+        self._nt *= keep
+        self._add(tokens, seconds, 1.0)
+        spread = self._w * self._nn - self._n * self._n
+        if spread > 1e-6 * self._w * self._nn:
+            self.per_token = max(0.0, (self._w * self._nt - self._n * self._t) / spread)
+        elif self._n > 0.0 and self.per_token == 0.0:
+            self.per_token = self._t / self._n
+        self.fixed = max(0.0, (self._t - self.per_token * self._n) / self._w)
+
+    def _add(self, tokens: int, seconds: float, weight: float) -> None:
+        self._w += weight
+        self._n += weight * tokens
+        self._nn += weight * tokens * tokens
+        self._t += weight * seconds
+        self._nt += weight * tokens * seconds
+
+
+class LearnedCosts:
+    """A cost table kept true while running."""
+
+    def __init__(self, table: CostTable) -> None:
+        self._table = table
+        self._scale = table.scale
+        self._raw: dict[tuple[int, int], list[float]] = {}
+        self._learnt: dict[tuple[int, int], list[float]] = {}
+        self._factors = [Factor() for _ in range(_NUM_BUCKETS)]
+        self._shared = Factor()
+        self._plain = [MedianFactor() for _ in range(_NUM_BUCKETS)]
+        self._lines: dict[str, DraftLine] = {}
+        self._age = 0
+        self.overhead = table.round_overhead
+        """Seconds of a speculative round outside forward and drafting."""
+        self.deviation = 0.1
+        """Mean relative deviation of speculative rounds from their predicted time."""
+
+    def line(self, drafter: str) -> DraftLine:
+        """The drafting costs of a drafter; one that the table does not know is free until it was seen."""
+        line = self._lines.get(drafter)
+        if line is None:
+            line = self._lines[drafter] = DraftLine(self._table, drafter)
+        return line
+
+    def plain(self, context: int, batch: int = 1) -> float:
+        """A whole plain round. Corrected by plain rounds only: the bound of the time bank rests on it."""
+        return self.measured(batch, 0, context)[0] * self._plain[rows_bucket(batch)].value
+
+    def measured(self, base: int, count: int, context: int) -> list[float]:
+        """The table's seconds of a forward over base, base + 1, ..., base + count rows (or more), at about this context."""
+        if self._table.scale != self._scale:
+            self._scale = self._table.scale
+            self._raw.clear()
+        bucket = context >> _CONTEXT_SHIFT
+        curve = self._raw.get((base, bucket))
+        if curve is None:
+            if len(self._raw) > 4096:
+                self._raw.clear()
+            curve = self._raw[(base, bucket)] = []
+        if len(curve) <= count:
+            middle = (bucket << _CONTEXT_SHIFT) + (1 << (_CONTEXT_SHIFT - 1))
+            curve.extend(self._table.t_verify(base + extra, middle) for extra in range(len(curve), count + 1))
+        return curve
+
+    def learnt(self, base: int, count: int, context: int) -> list[float]:
+        """As `measured`, corrected by the rounds seen so far; renewed every few rounds."""
+        key = (base, context >> _CONTEXT_SHIFT)
+        curve = self._learnt.get(key)
+        if curve is None or len(curve) <= count:
+            raw, shared = self.measured(base, count, context), self._shared.value
+            curve = []
+            for extra in range(count + 1):
+                factor = self._factors[rows_bucket(base + extra)]
+                trust = min(factor.count, 20.0)
+                curve.append(raw[extra] * (trust * factor.value + 2.0 * shared) / (trust + 2.0))
+            self._learnt[key] = curve
+        return curve
+
+    def learn_plain(self, context: int, batch: int, round_seconds: float, verify_seconds: float) -> None:
+        """Count a plain round (one of the `batch` records of a batched one)."""
+        raw = self.measured(batch, 0, context)[0]
+        if raw > 0.0:
+            self._plain[rows_bucket(batch)].update(round_seconds / raw, 1.0 / batch)
+            self._learn_verify(batch, raw, verify_seconds, batch)
+
+    def learn_round(self, context: int, rows: int, batch: int, verify_seconds: float, rest: float) -> None:
+        """Count a speculative round (one of the `batch` records of a batched one); rest: neither forward nor drafting."""
+        raw = self.measured(rows, 0, context)[0]
+        if raw > 0.0:
+            self._learn_verify(rows, raw, verify_seconds, batch)
+            rest = min(max(0.0, rest), max(_OUTLIER * self.overhead, 0.05 * raw))
+            self.overhead += _SLOWEST_RATE / batch * (rest - self.overhead)
+
+    def learn_deviation(self, expected: float, seconds: float) -> None:
+        """Count how far a speculative round was from its predicted time."""
+        off = min(abs(seconds / expected - 1.0), 1.0)
+        self.deviation += 0.05 * (off - self.deviation)
+
+    def _learn_verify(self, rows: int, raw: float, seconds: float, batch: int) -> None:
+        if seconds > 0.0:
+            self._factors[rows_bucket(rows)].update(seconds / raw, 1.0 / batch)
+            self._shared.update(seconds / raw, 1.0 / batch)
+            self._age += 1
+            if self._age >= _EPOCH:
+                self._age = 0
+                self._learnt.clear()

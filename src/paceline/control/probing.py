@@ -1,0 +1,53 @@
+"""When to try again what does not pay: geometric back-off, shared by all requests (8.4 of the control notes)."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+
+class _State:
+    __slots__ = ("again", "interval", "last")
+
+    def __init__(self, last: int, interval: float) -> None:
+        self.last = last
+        self.interval = interval
+        self.again = False
+
+
+class ProbeSchedule:
+    """Intervals in emitted tokens for each key: doubled by a failed probe, reset when the key pays by itself.
+
+    first, last: shortest and longest interval, tokens. budget: share of plain time that the probes of a key may cost, so that
+    what is nearly worth its price is tried often, and a change is noticed after `loss / budget` tokens even when the interval
+    has grown (8.4, changes of regime). boost: how much more may be spent while the evidence against a key is weak.
+    """
+
+    def __init__(self, first: int = 64, last: int = 2048, budget: float = 0.001, boost: float = 16.0) -> None:
+        self._first, self._last, self._budget, self._boost = first, last, budget, boost
+        self._states: dict[Hashable, _State] = {}
+
+    def due(self, key: Hashable, now: int, loss: float, doubt: float = 0.0) -> bool:
+        """Whether a probe may run at `now` emitted tokens.
+
+        loss: plain steps that it is expected to lose; doubt: 0 to 1, how weak the evidence is that it loses at all.
+        """
+        state = self._states.get(key)
+        if state is None:
+            state = self._states[key] = _State(now, self._first)
+        affordable = loss / (self._budget * (1.0 + self._boost * doubt))
+        return state.again or now - state.last >= min(state.interval, affordable)
+
+    def probed(self, key: Hashable, now: int, accepted: bool) -> None:
+        """A probe ran. One that was accepted may be followed by another at once; one that was not waits twice as long."""
+        state = self._states.setdefault(key, _State(now, self._first))
+        state.last = now
+        state.again = accepted
+        if not accepted:
+            state.interval = min(2 * state.interval, self._last)
+
+    def pays(self, key: Hashable, now: int) -> None:
+        """The key was chosen by merit: start from the first interval when it stops paying."""
+        state = self._states.setdefault(key, _State(now, self._first))
+        state.last = now
+        state.interval = self._first
+        state.again = False

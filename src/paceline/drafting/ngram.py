@@ -1,0 +1,115 @@
+"""Prompt lookup: what followed the last words before will follow them again.
+
+Source: the prompt-lookup-decoding idea (public repository, no paper), with an index that is updated in place, the latest
+occurrence, and the evidence that the controller wants (ours). Needs no model and no training; a round costs microseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec, DraftSession, KeepDrafting, SequenceView
+from paceline.drafting.options import whole
+from paceline.records import Draft, Outlook
+
+_LONGEST_EVIDENCE = 8
+_BUCKETS = (0, 1, 2, 3, 4, 4, 6, 6, 8)
+"""Evidence bucket of each matched length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NgramOptions:
+    """Settings of `ngram`."""
+
+    max_size: int = 4
+    """Longest n-gram that is looked up first (1 to 8)."""
+    min_size: int = 1
+    """Shortest one that may propose."""
+
+    def __post_init__(self) -> None:
+        whole("max_size", self.max_size, 1, _LONGEST_EVIDENCE)
+        whole("min_size", self.min_size, 1, self.max_size)
+
+
+class NgramDrafter(Drafter):
+    """Drafts the continuation of the latest earlier occurrence of the longest n-gram at the end of the text. Point-mass."""
+
+    options_type = NgramOptions
+
+    def __init__(self, options: NgramOptions | None = None, name: str = "ngram") -> None:
+        self.name = name
+        self.options = options or NgramOptions()
+
+    @classmethod
+    def build(cls, spec: DrafterSpec, options: NgramOptions, _: DrafterContext) -> NgramDrafter:
+        return cls(options, str(spec))
+
+    def open(self, view: SequenceView) -> NgramSession:
+        return NgramSession(self, view)
+
+
+class NgramSession(DraftSession):
+    """Index of one sequence: n-gram -> where its latest occurrence continues.
+
+    An n-gram enters the index only once a token follows it, so the tail never finds itself and every hit has a continuation.
+    """
+
+    def __init__(self, drafter: NgramDrafter, view: SequenceView) -> None:
+        self._name = drafter.name
+        self._view = view
+        self._sizes = tuple(range(drafter.options.max_size, drafter.options.min_size - 1, -1))
+        self._index: dict[tuple[int, ...], int] = {}
+        self._indexed = 0
+        self._found_at = -1
+        self._start = 0
+        self._signal = 0
+
+    def _extend_index(self) -> None:
+        """Enter the n-grams that end before the last token."""
+        tokens, index, sizes = self._view.tokens, self._index, self._sizes
+        for end in range(self._indexed + 1, len(tokens)):
+            for size in sizes:
+                if size <= end:
+                    index[tuple(tokens[end - size : end])] = end
+        self._indexed = max(self._indexed, len(tokens) - 1)
+
+    def _find(self) -> None:
+        """Set where the continuation starts (0: no match) and how strong the evidence is."""
+        tokens = self._view.tokens
+        length = len(tokens)
+        if self._found_at == length:
+            return
+        self._extend_index()
+        self._found_at, self._start, self._signal = length, 0, 0
+        for size in self._sizes:
+            start = self._index.get(tuple(tokens[length - size :])) if size < length else None
+            if start is not None:
+                while size < _LONGEST_EVIDENCE and size < start and tokens[start - size - 1] == tokens[length - size - 1]:
+                    size += 1
+                self._start, self._signal = start, _BUCKETS[size]
+                return
+
+    def _continuation(self, num_tokens: int) -> list[int]:
+        """Up to `num_tokens` tokens from the match on, cut after an end token.
+
+        Where the continuation reaches the end of the text it goes on with what it has just proposed, so that a period repeats.
+        """
+        tokens, start = self._view.tokens, self._start
+        found = tokens[start : start + num_tokens]
+        if len(found) < num_tokens:
+            found = (found * (num_tokens // len(found) + 1))[:num_tokens]
+        if not self._view.end_ids.isdisjoint(found):
+            found = found[: next(i for i, token in enumerate(found) if token in self._view.end_ids) + 1]
+        return found
+
+    def outlook(self, max_tokens: int) -> Outlook:
+        self._find()
+        if not self._start or max_tokens < 1:
+            return Outlook(self._name, 0)
+        return Outlook(self._name, len(self._continuation(max_tokens)), self._signal)
+
+    def propose(self, num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
+        self._find()
+        if not self._start or num_tokens < 1:
+            return Draft((), drafter=self._name)
+        return Draft(tuple(self._continuation(num_tokens)), drafter=self._name)

@@ -1,0 +1,150 @@
+"""The table of drafters: one line each, loaded when asked for.
+
+A draft specification is `none`, `auto`, or drafters joined by commas, in order of preference. A drafter is written
+`kind[:argument][+tree]`, for example `ngram`, `suffix+tree`, `model:path/to/folder`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from importlib import import_module
+from typing import Any
+
+from paceline.config import build_options
+from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec
+from paceline.errors import OptionError
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One registered drafter, as `paceline info` and the docs list it."""
+
+    path: str
+    """`module:Class`, imported when the drafter is made."""
+    summary: str
+    needs: str = "nothing"
+    argument: str = ""
+    """What follows the colon, for messages; empty when the drafter takes no argument."""
+    samples: bool = False
+    """True: at temperature > 0 drafts are drawn from a known distribution; False: point-mass drafts."""
+    tree: bool = False
+    """Whether `NAME+tree` exists."""
+
+
+_PACKAGE = "paceline.drafting"
+TABLE: dict[str, Entry] = {
+    "ngram": Entry(f"{_PACKAGE}.ngram:NgramDrafter", "prompt lookup: repeats what followed the same words before"),
+    "suffix": Entry(
+        f"{_PACKAGE}.suffix:SuffixDrafter",
+        "SuffixDecoding: what followed the longest matches in this text and in past outputs",
+        tree=True,
+    ),
+    "token_recycling": Entry(
+        f"{_PACKAGE}.recycling:RecyclingDrafter",
+        "token recycling: follows the target's own runners-up of earlier rounds",
+        needs="the target's rows",
+        tree=True,
+    ),
+    "stand": Entry(
+        f"{_PACKAGE}.stand:StandDrafter",
+        "STAND: draws from the target's distributions that were seen after the same words",
+        needs="the target's rows",
+        samples=True,
+        tree=True,
+    ),
+    "rest": Entry(
+        f"{_PACKAGE}.rest:RestDrafter",
+        "REST: what followed the same words in a corpus of yours",
+        needs="a corpus",
+        argument="CORPUS",
+        tree=True,
+    ),
+    "model": Entry(
+        f"{_PACKAGE}.model:ModelDrafter",
+        "a smaller model of the same vocabulary drafts, one forward a token",
+        needs="a second model",
+        argument="PATH",
+        samples=True,
+    ),
+}
+AUTO = ("ngram",)
+"""What `auto` stands for: the drafters that need neither a second model nor training."""
+
+
+def names() -> list[str]:
+    """Registered drafters, tree variants included, in alphabetical order."""
+    return sorted(TABLE) + sorted(f"{name}+tree" for name, entry in TABLE.items() if entry.tree)
+
+
+def parse_spec(text: str) -> list[str]:
+    """Canonical drafter names of a specification, in order of preference; empty for `none`.
+
+    A name that looks like a path or a hub name (it holds a `/` or ends in `.gguf`) means `model:NAME`.
+    Raises OptionError for names that are not registered, given twice, or lack their argument.
+    """
+    if text.strip() == "none":
+        return []
+    parts = AUTO if text.strip() == "auto" else tuple(part.strip() for part in text.split(","))
+    found = [str(_parse_one(part, text)) for part in parts]
+    for name in found:
+        if found.count(name) > 1:
+            raise OptionError(f"draft = {text!r}: {name!r} is given twice; name each drafter once")
+    return found
+
+
+def _parse_one(part: str, text: str) -> DrafterSpec:
+    tree = part.endswith("+tree")
+    kind, _, argument = part.removesuffix("+tree").partition(":")
+    if kind not in TABLE and not argument and "model" in TABLE and ("/" in kind or kind.endswith(".gguf")):
+        kind, argument = "model", kind
+    kind = kind if kind in TABLE else kind.replace("-", "_")
+    if kind not in TABLE:
+        close = difflib.get_close_matches(kind, [*TABLE, "none", "auto"], n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        known = ", ".join(["none", "auto", *names()])
+        raise OptionError(f"draft = {text!r}: no drafter is named {kind!r}; {hint}known: {known}")
+    entry = TABLE[kind]
+    if bool(argument) != bool(entry.argument):
+        need = f"write {kind}:{entry.argument}" if entry.argument else f"{kind} takes nothing after a colon"
+        raise OptionError(f"draft = {text!r}: {need}")
+    if tree and not entry.tree:
+        able = ", ".join(sorted(name for name, e in TABLE.items() if e.tree)) or "none"
+        raise OptionError(f"draft = {text!r}: {kind} has no tree form; drafters that have one: {able}")
+    return DrafterSpec(kind, argument, tree)
+
+
+def _load(kind: str) -> type[Drafter]:
+    module, _, name = TABLE[kind].path.partition(":")
+    cls: type[Drafter] = getattr(import_module(module), name)
+    return cls
+
+
+def create(name: str, options: dict[str, Any], context: DrafterContext) -> Drafter:
+    """Make one drafter from a canonical name. Raises OptionError for unknown names and options."""
+    spec = _parse_one(name, name)
+    cls = _load(spec.kind)
+    return cls.build(spec, build_options(cls.options_type, options, f"drafter {name}"), context)
+
+
+def create_all(text: str, options: dict[str, Any], context: DrafterContext) -> list[Drafter]:
+    """Make the drafters of a specification.
+
+    options: `{"max_size": 3}` goes to every drafter that has such an option, `{"ngram.max_size": 3}` to `ngram` alone.
+    Raises OptionError for an option that no drafter of the specification has.
+    """
+    specs = [_parse_one(name, text) for name in parse_spec(text)]
+    own: list[dict[str, Any]] = [{} for _ in specs]
+    for key, value in options.items():
+        owner, _, option = key.rpartition(".")
+        takers = [i for i, spec in enumerate(specs) if owner in ("", spec.kind) and option in _option_names(spec.kind)]
+        if not takers:
+            known = ", ".join(f"{spec.kind}.{o}" for spec in specs for o in _option_names(spec.kind)) or "none"
+            raise OptionError(f"drafter_options: {key!r} fits no drafter of draft = {text!r}; known: {known}")
+        for i in takers:
+            own[i][option] = value
+    return [create(str(spec), mine, context) for spec, mine in zip(specs, own, strict=True)]
+
+
+def _option_names(kind: str) -> list[str]:
+    return sorted(f.name for f in fields(_load(kind).options_type))

@@ -1,0 +1,269 @@
+"""Where a text has stood before, and what followed: the data structure of the suffix drafter.
+
+SuffixDecoding (2411.04975) keeps suffix trees with a count in each node. The count of a node is the number of places where its
+tokens occur; here those places themselves are found, through chains of equal n-grams as in deflate (RFC 1951), and counted
+when they are asked for. The statistics are the tree's, over at most `limit` places, the latest and longest matches first.
+Appending a token costs a few dictionary-free steps; memory is a few flat arrays; the oldest sequences can be dropped (ours).
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple, Protocol
+
+from paceline.records import Draft
+
+SIZES = (8, 4, 2, 1)
+"""Lengths of the n-grams that are chained, longest first."""
+BREAK = -1
+"""Ends a sequence; equals no token."""
+Tokens = Sequence[int]
+_BLOCK = 8
+_MATCH_BOUNDS = (2, 4, 8)
+_SURE = 0.6
+
+
+class Place(NamedTuple):
+    """An earlier occurrence of the end of a text: `tokens[start:]` followed it, and `matched` tokens before agree."""
+
+    matched: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """A proposed chain or tree with its estimates."""
+
+    tokens: tuple[int, ...] = ()
+    parents: tuple[int, ...] | None = None
+    """None for a chain."""
+    confidences: tuple[float, ...] = ()
+    """Per token: share of the places, among those that agree with its ancestors, where it follows."""
+    score: float = 0.0
+    """Sum of the estimated probabilities of all paths: tokens that we expect to be accepted."""
+    matched: int = 0
+
+    def draft(self, num_tokens: int, name: str) -> Draft:
+        """The first `num_tokens` tokens as a point-mass draft."""
+        parents = self.parents[:num_tokens] if self.parents is not None else None
+        return Draft(self.tokens[:num_tokens], parents, confidences=self.confidences[:num_tokens], drafter=name)
+
+
+class PlaceSource(Protocol):
+    """Texts that can be asked where they contain the end of another one."""
+
+    @property
+    def tokens(self) -> Tokens:
+        """All texts, one after another, each ended by `BREAK`."""
+        ...
+
+    def places(self, tail: array[int], limit: int) -> Iterator[list[Place]]:
+        """Where the end of `tail` occurs, at most `limit` places: lists of places, longest matches first.
+
+        Every place of a list agrees in fewer tokens than those of the lists before.
+        """
+        ...
+
+
+class SuffixIndex:
+    """Token sequences that can be asked where they contain the end of a text. Not thread-safe."""
+
+    def __init__(self, table_bits: int = 13) -> None:
+        """table_bits: the chains' heads take 2^table_bits * 32 bytes; collisions only cost time."""
+        self._tokens = array("i")
+        self._base = 0  # tokens dropped so far: chains hold positions that count from the very first token
+        self._mask = (1 << table_bits) - 1
+        self._heads = [array("q", [-1]) * (1 << table_bits) for _ in SIZES]
+        self._links = [array("q") for _ in SIZES]
+        self._starts: deque[int] = deque([0])
+
+    @property
+    def tokens(self) -> array[int]:
+        """All sequences, each ended by `BREAK` but for the last."""
+        return self._tokens
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def extend(self, new: Sequence[int]) -> None:
+        """Append tokens to the last sequence."""
+        tokens, base, mask, start = self._tokens, self._base, self._mask, self._starts[-1]
+        chains = list(zip(SIZES, self._heads, self._links, strict=True))
+        for token in new:
+            tokens.append(token)
+            end = len(tokens)
+            for size, heads, links in chains:
+                if size > end + base - start:
+                    links.append(-1)
+                    continue
+                key = hash(tuple(tokens[end - size :])) & mask
+                links.append(heads[key])
+                heads[key] = end + base
+
+    def end_sequence(self) -> None:
+        """What follows belongs to another sequence."""
+        self._tokens.append(BREAK)
+        for links in self._links:
+            links.append(-1)
+        self._starts.append(len(self._tokens) + self._base)
+
+    def drop_to(self, num_tokens: int) -> None:
+        """Forget whole sequences, oldest first, until at most `num_tokens` tokens are left (or one sequence)."""
+        while len(self._starts) > 1 and self._base + len(self._tokens) - self._starts[0] > num_tokens:
+            self._starts.popleft()
+        excess = self._starts[0] - self._base
+        del self._tokens[:excess]
+        for links in self._links:
+            del links[:excess]
+        self._base += excess
+
+    def places(self, tail: array[int], limit: int) -> Iterator[list[Place]]:
+        """Where the end of `tail` occurs, at most `limit` places: one list for each length of chain, longest matches first.
+
+        Every place of a list agrees in fewer tokens than those of the lists before. A sequence that itself ends like the tail
+        counts as a place with nothing behind it. Do not change the index while iterating.
+        """
+        found: set[int] = set()
+        for size, heads, links in zip(SIZES, self._heads, self._links, strict=True):
+            if size > len(tail):
+                continue
+            places = []
+            at = heads[hash(tuple(tail[-size:])) & self._mask] - self._base
+            steps = 2 * limit
+            while at > 0 and steps and len(found) < limit:
+                if at not in found:
+                    matched = self._matched(at, tail)
+                    if matched >= size:  # else a collision of hashes
+                        found.add(at)
+                        places.append(Place(matched, at))
+                at = links[at - 1] - self._base
+                steps -= 1
+            yield sorted(places, key=attrgetter("matched"), reverse=True)
+
+    def _matched(self, at: int, tail: array[int]) -> int:
+        """How many tokens before `at` agree with the end of `tail`."""
+        tokens, length, matched = self._tokens, len(tail), 0
+        longest = min(at, length)
+        while matched + _BLOCK <= longest:
+            stop = at - matched
+            if tokens[stop - _BLOCK : stop] != tail[length - matched - _BLOCK : length - matched]:
+                break
+            matched += _BLOCK
+        while matched < longest and tokens[at - matched - 1] == tail[length - matched - 1]:
+            matched += 1
+        return matched
+
+    def memory_bytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(a.itemsize * len(a) for a in (self._tokens, *self._heads, *self._links))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How far a speculation goes, as in the released SuffixDecoding."""
+
+    factor: float = 1.0
+    """A match of m tokens may propose floor(factor * m + offset) tokens."""
+    offset: float = 0.0
+    min_prob: float = 0.1
+    """Least estimated probability of a path."""
+    tree: bool = False
+
+
+def speculate(
+    index: PlaceSource, tail: array[int], max_places: int, limits: Limits, max_tokens: int, end_ids: Collection[int] = ()
+) -> Speculation:
+    """The proposal after `tail` with the highest score over all match lengths; ties go to the longer match (2411.04975, section 4).
+
+    A proposal of a shorter match scores at most its own budget, so the search ends where no budget exceeds the best score.
+    """
+    best = Speculation()
+    starts: list[int] = []
+    walk = tree_walk if limits.tree else path_walk
+    for places in index.places(tail, max_places):
+        for i, (matched, start) in enumerate(places):
+            starts.append(start)
+            if i + 1 < len(places) and places[i + 1].matched == matched:
+                continue  # not yet all places that agree in this many tokens
+            budget = min(max_tokens, int(matched * limits.factor + limits.offset + 1e-6))
+            if budget <= best.score:
+                return best
+            found = walk(index.tokens, starts, budget, limits.min_prob, end_ids, matched)
+            if found.score > best.score:
+                best = found
+    return best
+
+
+def followers(tokens: Tokens, starts: Sequence[int]) -> dict[int, list[int]]:
+    """Tokens that stand at `starts`, with the places behind each; the first-named places decide the order."""
+    groups: dict[int, list[int]] = {}
+    end = len(tokens)
+    for at in starts:
+        token = tokens[at] if at < end else BREAK
+        if token != BREAK:
+            groups.setdefault(token, []).append(at + 1)
+    return groups
+
+
+def path_walk(
+    tokens: Tokens, starts: Sequence[int], budget: int, min_prob: float, end_ids: Collection[int], matched: int
+) -> Speculation:
+    """Follow the most frequent token from step to step."""
+    chain: list[int] = []
+    confidences: list[float] = []
+    path_prob, score = 1.0, 0.0
+    while len(chain) < budget:
+        groups = followers(tokens, starts)
+        if not groups:
+            break
+        token = max(groups, key=lambda t: len(groups[t]))
+        share = len(groups[token]) / len(starts)
+        path_prob *= share
+        if path_prob < min_prob:
+            break
+        chain.append(token)
+        confidences.append(share)
+        score += path_prob
+        if token in end_ids:
+            break
+        starts = groups[token]
+    return Speculation(tuple(chain), None, tuple(confidences), score, matched)
+
+
+def tree_walk(
+    tokens: Tokens, starts: Sequence[int], budget: int, min_prob: float, end_ids: Collection[int], matched: int
+) -> Speculation:
+    """Emit the most probable paths first, whatever their parents."""
+    drafted: list[int] = []
+    parents: list[int] = []
+    confidences: list[float] = []
+    score = 0.0
+    heap: list[tuple[float, int, float, int, int, list[int]]] = []
+
+    def push(parent: int, path_prob: float, starts: Sequence[int]) -> None:
+        for token, behind in followers(tokens, starts).items():
+            share = len(behind) / len(starts)
+            if path_prob * share >= min_prob:
+                heapq.heappush(heap, (-path_prob * share, parent, share, token, len(heap), behind))
+
+    push(-1, 1.0, starts)
+    while heap and len(drafted) < budget:
+        negative, parent, share, token, _, behind = heapq.heappop(heap)
+        drafted.append(token)
+        parents.append(parent)
+        confidences.append(share)
+        score -= negative
+        if token not in end_ids:
+            push(len(drafted) - 1, -negative, behind)
+    return Speculation(tuple(drafted), tuple(parents), tuple(confidences), score, matched)
+
+
+def evidence(found: Speculation) -> int:
+    """Bucket 1 to 8 of a proposal: length of the match (1, 2+, 4+, 8+), and whether the places agree on the first token."""
+    length = sum(found.matched >= bound for bound in _MATCH_BOUNDS)
+    return 2 * length + (2 if found.confidences[0] >= _SURE else 1)

@@ -1,0 +1,289 @@
+"""The engine: plan, draft, verify, accept, commit, observe, until every text has ended.
+
+`Engine.from_pretrained` puts the parts together (see `assembly`); `_round` is the loop that all of them meet in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
+from time import perf_counter
+from typing import overload
+
+from paceline.config import RunnerConfig, SamplingParams, SpeculationConfig
+from paceline.control.base import Controller
+from paceline.costs import CostTable
+from paceline.drafting.base import Drafter
+from paceline.errors import ModelError, OptionError, PromptError
+from paceline.execution.base import Runner, prefill
+from paceline.models.base import ModelSource, Tokenizer
+from paceline.records import GenerationResult
+from paceline.request import Request, StreamEvent
+from paceline.sampling import check_token_ids, resolve_seed
+
+__all__ = ["Engine", "StreamEvent"]
+
+Prompt = str | Sequence[int]
+MAX_BATCH = 32
+"""Sequences that are decoded together; more prompts wait their turn."""
+
+
+class Engine:
+    """A target, its drafters and a controller. One caller at a time; not thread-safe."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        costs: CostTable,
+        controller: Controller,
+        drafters: Sequence[Drafter] = (),
+        tokenizer: Tokenizer | None = None,
+        source: ModelSource | None = None,
+        speculation: SpeculationConfig | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.runner = runner
+        self.costs = costs
+        self.controller = controller
+        self.drafters = list(drafters)
+        self.source = source
+        self.speculation = speculation or SpeculationConfig()
+        self.notes = tuple(notes)
+        self._tokenizer = tokenizer
+        self._ids = count()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str = "default",
+        *,
+        draft: str | None = None,
+        controller: str | None = None,
+        precision: str | None = None,
+        device: str | None = None,
+        threads: int | None = None,
+        max_context: int | None = None,
+        runner: RunnerConfig | None = None,
+        speculation: SpeculationConfig | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> Engine:
+        """Load a model (folder, hub name, GGUF file or `default`), measure what its steps cost here, and set up drafting.
+
+        The single settings override those of `runner` and `speculation`. Raises ModelError, OptionError, CacheError.
+        """
+        from paceline.assembly import assemble
+
+        given = {"precision": precision, "device": device, "threads": threads, "max_context": max_context}
+        chosen = {"draft": draft, "controller": controller}
+        return assemble(
+            cls,
+            model,
+            replace(runner or RunnerConfig(), **{k: v for k, v in given.items() if v is not None}),
+            replace(speculation or SpeculationConfig(), **{k: v for k, v in chosen.items() if v is not None}),
+            progress,
+        )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ModelError when the engine was made without one."""
+        if self._tokenizer is None:
+            raise ModelError("this engine has no tokenizer: give prompts as token ids")
+        return self._tokenizer
+
+    # ---------- calls ----------
+
+    @overload
+    def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, plain: bool = False, task: str = ""
+    ) -> GenerationResult: ...
+
+    @overload
+    def generate(
+        self, prompt: Sequence[Prompt], params: SamplingParams | None = None, *, plain: bool = False, task: str = ""
+    ) -> list[GenerationResult]: ...
+
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, plain: bool = False, task: str = ""
+    ) -> GenerationResult | list[GenerationResult]:
+        """Generate for one prompt (text or token ids) or several at once.
+
+        plain: no speculation in this call. task: tag of similar requests that share what the controller learns.
+        Returns one result for one prompt with n = 1, else a list: prompt by prompt, n results each.
+        Raises PromptError, OptionError, ResourceError.
+        """
+        params = params or SamplingParams()
+        one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
+        prompts: Sequence[Prompt] = [prompt] if one else prompt  # type: ignore[list-item,assignment]
+        encoded = [self._encode(p, params) for p in prompts]
+        if one and params.n == 1:
+            return _fold(self._stream(encoded[0], params, plain, task))
+        jobs = [
+            (ids, params if params.seed is None else replace(params, seed=params.seed + i))
+            for ids in encoded
+            for i in range(params.n)
+        ]
+        results: list[GenerationResult] = []
+        for first in range(0, len(jobs), MAX_BATCH):
+            results += self._generate_batch(jobs[first : first + MAX_BATCH], plain, task)
+        return results
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, plain: bool = False, task: str = ""
+    ) -> Iterator[StreamEvent]:
+        """Generate for one prompt, an event a round; the last event carries the result. Checks its input before the first event.
+
+        Close the iterator to stop early. Raises as `generate` does.
+        """
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise OptionError(f"n = {params.n}: a stream carries one sample; use generate, or n = 1")
+        return self._stream(self._encode(prompt, params), params, plain, task)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        params: SamplingParams | None = None,
+        *,
+        plain: bool = False,
+        task: str = "",
+    ) -> GenerationResult | list[GenerationResult]:
+        """Answer a conversation of `{"role": ..., "content": ...}` messages with the model's own chat template."""
+        return self.generate(self._chat_ids(messages), params, plain=plain, task=task)
+
+    def chat_stream(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        params: SamplingParams | None = None,
+        *,
+        plain: bool = False,
+        task: str = "",
+    ) -> Iterator[StreamEvent]:
+        """`chat`, an event a round."""
+        return self.stream(self._chat_ids(messages), params, plain=plain, task=task)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt text of a conversation."""
+        return self.tokenizer.render_chat(messages)
+
+    def close(self) -> None:
+        """End worker threads and give memory back."""
+        shutdown = getattr(self.runner, "shutdown", None)
+        if shutdown is not None:
+            shutdown()
+
+    # ---------- the loop ----------
+
+    def _round(self, requests: Sequence[Request], controller: Controller) -> list[StreamEvent]:
+        """One draft-and-verify cycle of every request, in one forward of the target."""
+        started = perf_counter()
+        steps, rows = [], 0
+        for request in requests:
+            step = request.plan(controller, self.speculation.max_draft_tokens, len(requests), rows)
+            request.draft(step, controller)
+            steps.append(step)
+            rows += len(step.draft) + 1
+
+        forward_started = perf_counter()
+        output = self.runner.forward([r.segment(s.draft) for r, s in zip(requests, steps, strict=True)])
+        verify_seconds = perf_counter() - forward_started
+
+        first, outcomes = 0, []
+        for request, step in zip(requests, steps, strict=True):
+            logits = output.logits[first : first + len(step.draft) + 1]
+            verdict = request.verify(step.draft, logits, self.speculation.rule)
+            text, kept = request.commit(step, verdict, self.runner, logits)
+            outcomes.append((verdict, text, kept))
+            first += len(step.draft) + 1
+
+        ended = perf_counter()
+        batch = (len(requests), rows, sum(kept for _, _, kept in outcomes))
+        events = []
+        for request, step, (verdict, text, kept) in zip(requests, steps, outcomes, strict=True):
+            record = request.record(step, verdict, kept, verify_seconds, ended - started, batch)
+            controller.observe(record)
+            request.ended = ended
+            new = tuple(request.tokens[len(request.tokens) - kept :]) if kept else ()
+            events.append(StreamEvent(text, new, tuple(request.from_draft[len(request.from_draft) - kept :]), record))
+        return events
+
+    def _stream(self, prompt: list[int], params: SamplingParams, plain: bool, task: str) -> Iterator[StreamEvent]:
+        with self._open([(prompt, params)], plain, task) as (request,):
+            while request.finish_reason is None:
+                (event,) = self._round([request], self.controller)
+                if request.finish_reason is None:
+                    yield event
+            yield replace(event, result=self._result(request))
+
+    def _generate_batch(self, jobs: Sequence[tuple[list[int], SamplingParams]], plain: bool, task: str) -> list[GenerationResult]:
+        with self._open(jobs, plain, task) as requests:
+            while active := [r for r in requests if r.finish_reason is None]:
+                self._round(active, self.controller)
+            return [self._result(r) for r in requests]
+
+    @contextmanager
+    def _open(self, jobs: Sequence[tuple[list[int], SamplingParams]], plain: bool, task: str) -> Iterator[list[Request]]:
+        """Requests with their prompts in the cache, closed again whatever happens."""
+        requests: list[Request] = []
+        drafters = () if plain else self.drafters
+        try:
+            for i, (prompt, params) in enumerate(jobs):
+                started = perf_counter()
+                if i and jobs[i - 1][0] is prompt:  # another sample of the same prompt
+                    sequence = self.runner.fork(requests[-1].sequence)
+                else:
+                    sequence = self.runner.open()
+                request = Request(
+                    next(self._ids),
+                    prompt,
+                    params,
+                    resolve_seed(params.seed),
+                    sequence=sequence,
+                    drafters=drafters,
+                    tokenizer=self._tokenizer,
+                    max_context=self.runner.info.max_context,
+                    task=task,
+                )
+                requests.append(request)
+                request.started = started
+                prefill(self.runner, sequence, prompt[sequence.length : -1])
+            for request in requests:
+                request.decode_started = request.ended = perf_counter()
+            yield requests
+        finally:
+            for request in requests:
+                request.close(self.runner, self.controller)
+
+    def _result(self, request: Request) -> GenerationResult:
+        return request.result(self.costs.t_plain(request.num_prompt + request.num_generated // 2))
+
+    # ---------- input ----------
+
+    def _chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        return self.tokenizer.encode(self.render_chat(messages), add_special=False)
+
+    def _encode(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        """Token ids of a prompt that is there and fits."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        info = self.runner.info
+        if not ids or (isinstance(prompt, str) and not prompt.strip()):
+            raise PromptError("prompt is empty: give some text, or at least one token id")
+        if min(ids) < 0 or max(ids) >= info.vocab_size:
+            raise PromptError(f"prompt: token ids must be between 0 and {info.vocab_size - 1}; got {min(ids)} to {max(ids)}")
+        if len(ids) >= info.max_context:
+            over = len(ids) - info.max_context + 1
+            raise PromptError(
+                f"prompt is {len(ids)} tokens long and the context holds {info.max_context}, answer included: "
+                f"at most {info.max_context - 1} fit, shorten it by {over} or more"
+            )
+        check_token_ids(params, info.vocab_size)
+        return ids
+
+
+def _fold(events: Iterator[StreamEvent]) -> GenerationResult:
+    for event in events:
+        if event.result is not None:
+            return event.result
+    raise AssertionError("a stream ends with its result")

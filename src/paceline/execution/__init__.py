@@ -1,0 +1,1 @@
+"""Execution: runners, caches, attention and cost measurement. The only part that owns a device."""

@@ -1,0 +1,159 @@
+"""A lean decoder over torch operators: the block of `structure`, with merged matrices and little else between the kernels.
+
+Residual stream, norms and rotations are float32; matrices compute in their own dtype. Tested against `HFRunner`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from paceline.errors import ModelError
+from paceline.execution.attention import packed_attention
+from paceline.execution.base import ForwardOutput, RunnerInfo
+from paceline.execution.linears import Linear, lost_paths, make_linear
+from paceline.execution.structure import LayerWeights, Matrix, RopeSpec, describe_structure, merged_weights
+from paceline.execution.torch_runner import Pack, TorchRunner
+from paceline.models.base import ModelSource
+
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
+
+
+class LeanRunner(TorchRunner):
+    """Runs Llama-like models (`describe_structure`) in `fp32`, `bf16`, `int8` or `int4`."""
+
+    @staticmethod
+    def unsupported_reason(source: ModelSource, precision: str) -> str | None:
+        """Why this model cannot run here, or None."""
+        if precision not in PRECISIONS:
+            return f"precision = {precision!r} is not one of {', '.join(PRECISIONS)}"
+        spec = describe_structure(source.config)
+        return spec if isinstance(spec, str) else None
+
+    def __init__(self, source: ModelSource, precision: str = "fp32", device: str = "cpu", max_context: int | None = None) -> None:
+        """Loads and converts the weights matrix by matrix. Raises ModelError when the model does not fit."""
+        super().__init__(torch.device(device))
+        spec = describe_structure(source.config)
+        if isinstance(spec, str):
+            raise ModelError(f"{source.name}: {spec}; use backend = 'hf'")
+        self._spec = spec
+        self._precision = precision
+        weights = merged_weights(source, spec)
+        self._dtype = torch.bfloat16 if precision in ("bf16", "int4") else torch.float32
+        self._embedding = weights.embedding.weight().to(device=device, dtype=self._dtype)
+        self._layers = [_Layer(self, layer, index) for index, layer in enumerate(weights.layers)]
+        self._final_norm = weights.final_norm.to(device)
+        self._head = self.linear(weights.head, "int8" if precision == "int4" else precision)  # 4 bits cost too much quality here
+        self._scale = float(torch.tensor(spec.embed_scale).to(self._dtype))
+        self._ropes = {rope: _Rotation(rope, self._device) for rope in {spec.rope_of(i) for i in range(spec.layers)}}
+        limit = source.max_context
+        on_cpu = self._device.type == "cpu"
+        self.info = RunnerInfo(
+            backend="lean",
+            precision=precision,
+            device=str(self._device),
+            vocab_size=spec.vocab,
+            max_context=min(limit, max_context or limit),
+            num_layers=spec.layers,
+            fast_paths=tuple(sorted({linear.path for linear in self._linears()})),
+            lost_paths=lost_paths() if on_cpu else (),
+            weight_bytes=sum(linear.weight_bytes for linear in self._linears()),
+        )
+
+    def linear(self, matrix: Matrix, precision: str | None = None) -> Linear:
+        """A linear layer on this runner's device, in its precision or another one."""
+        precision = precision or self._precision
+        bias = matrix.bias()
+        blocks = matrix.blocks() if precision == "int4" else None
+        on_device = matrix.weight().to(self._device)
+        return make_linear(on_device, None if bias is None else bias.to(self._device), precision, blocks)
+
+    def _linears(self) -> Iterator[Linear]:
+        for layer in self._layers:
+            yield from (layer.qkv, layer.o, layer.gate_up, layer.down)
+        yield self._head
+
+    def _run(self, pack: Pack, want_hidden: bool) -> ForwardOutput:
+        spec = self._spec
+        x = (F.embedding(pack.tokens, self._embedding) * self._scale).float()
+        angles = {rope: rotation.angles(pack.positions) for rope, rotation in self._ropes.items()}
+        for index, layer in enumerate(self._layers):
+            cos, sin = angles[spec.rope_of(index)]
+            x = layer(x, pack, cos, sin)
+        hidden = F.rms_norm(x[pack.wanted], (spec.hidden,), self._final_norm, spec.norm_eps)
+        logits = self._head(hidden).float()
+        if spec.logit_softcap is not None:
+            logits = torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
+        return ForwardOutput(logits, hidden if want_hidden else None)
+
+
+class _Rotation:
+    """Rotary tables of the positions of one forward."""
+
+    def __init__(self, rope: RopeSpec, device: torch.device) -> None:
+        self._inv_freq = torch.tensor(rope.inv_freq, device=device)
+        self._factor = rope.attention_factor
+
+    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and signed sin, both [T, 1, D]: rotated = x * cos + roll(x, D / 2) * sin."""
+        angle = positions[:, None, None].float() * self._inv_freq
+        cos, sin = angle.cos() * self._factor, angle.sin() * self._factor
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+class _Layer:
+    """One decoder block."""
+
+    def __init__(self, runner: LeanRunner, weights: LayerWeights, index: int) -> None:
+        spec, device = runner._spec, runner._device
+        self._spec, self._index, self._dtype = spec, index, runner._dtype
+        self._attention_norm, self._mlp_norm = weights.attention_norm.to(device), weights.mlp_norm.to(device)
+        self._attention_out_norm, self._mlp_out_norm = _on(device, weights.attention_out_norm), _on(device, weights.mlp_out_norm)
+        self._qk_norm: torch.Tensor | None = None
+        if weights.q_norm is not None and weights.k_norm is not None:
+            heads = [weights.q_norm] * spec.heads + [weights.k_norm] * spec.kv_heads
+            self._qk_norm = torch.stack(heads).to(device)  # [Hq + Hkv, D]
+        self.qkv, self.o = runner.linear(weights.qkv), runner.linear(weights.o)
+        self.gate_up, self.down = runner.linear(weights.gate_up), runner.linear(weights.down)
+
+    def __call__(self, x: torch.Tensor, pack: Pack, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """x: [T, H] float32. Returns the same shape."""
+        x = self._add(x, self._attend(self._norm(x, self._attention_norm), pack, cos, sin), self._attention_out_norm)
+        gate, up = self.gate_up(self._norm(x, self._mlp_norm)).chunk(2, dim=-1)
+        return self._add(x, self.down(self._activate(gate) * up), self._mlp_out_norm)
+
+    def _attend(self, x: torch.Tensor, pack: Pack, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        spec = self._spec
+        qkv = self.qkv(x).unflatten(1, (-1, spec.head_dim))  # type: ignore[no-untyped-call]  # [T, Hq + 2 Hkv, D]
+        qk = qkv[:, : spec.heads + spec.kv_heads].float()
+        if self._qk_norm is not None:
+            qk = F.rms_norm(qk, (spec.head_dim,), None, spec.norm_eps) * self._qk_norm
+        qk = torch.addcmul(qk * cos, qk.roll(spec.head_dim // 2, -1), sin).to(self._dtype).transpose(0, 1)
+        out = packed_attention(
+            pack.segments,
+            self._index,
+            qk[: spec.heads],
+            qk[spec.heads :],
+            qkv[:, spec.heads + spec.kv_heads :].to(self._dtype).transpose(0, 1),
+            scale=spec.attention_scale,
+            window=spec.windows[self._index],
+            softcap=spec.attention_softcap,
+        )
+        return self.o(out.flatten(1))
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (self._spec.hidden,), weight, self._spec.norm_eps)
+
+    def _add(self, x: torch.Tensor, update: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+        return x + (update if norm is None else self._norm(update.float(), norm))
+
+    def _activate(self, gate: torch.Tensor) -> torch.Tensor:
+        if self._spec.activation == "silu":
+            return F.silu(gate)
+        return F.gelu(gate, approximate="tanh" if self._spec.activation == "gelu_tanh" else "none")
+
+
+def _on(device: torch.device, tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(device)

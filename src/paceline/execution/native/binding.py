@@ -1,0 +1,68 @@
+"""The C structs of kernel.c and linear.h as ctypes, field for field."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int32, c_size_t, c_void_p
+
+FP32, BF16, Q8, Q4 = range(4)
+
+
+class Matrix(Structure):
+    _fields_ = (("data", c_void_p), ("n", c_int32), ("k", c_int32), ("kind", c_int32), ("pad", c_int32))
+
+
+class Layer(Structure):
+    _fields_ = (
+        *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, c_void_p) for name in ("norm_in", "norm_attn_out", "norm_mlp_in", "norm_mlp_out")),
+        *((name, c_void_p) for name in ("qkv_bias", "q_norm", "k_norm")),
+        ("window", c_int32),
+        ("rope", c_int32),
+    )
+
+
+class Model(Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("layers", "hidden", "heads", "kv_heads", "dim", "intermediate", "vocab", "act_kind")),
+        *((name, c_int32) for name in ("gelu", "kv_f32", "max_rows", "tables")),
+        *((name, c_float) for name in ("eps", "attention_scale", "embed_scale", "logit_cap")),
+        ("embed", Matrix),
+        ("head", Matrix),
+        ("layer", POINTER(Layer)),
+        ("final_norm", c_void_p),
+        ("inv_freq", c_void_p * 2),
+        ("rope_scale", c_float * 2),
+    )
+
+
+class Segment(Structure):
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        *((name, c_int32) for name in ("capacity", "base", "first_row", "num_rows", "is_tree", "pad")),
+    )
+
+
+class Batch(Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("rows", "segments", "logit_rows", "run_layers")),
+        *((name, c_void_p) for name in ("tokens", "positions", "ancestors")),
+        ("segment", POINTER(Segment)),
+        *((name, c_void_p) for name in ("logit_row", "logits", "hidden", "skip")),
+    )
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Set argument and result types of the entry points."""
+    library.paceline_open.argtypes = [POINTER(Model), ctypes.c_int, ctypes.c_int]
+    library.paceline_open.restype = c_void_p
+    library.paceline_forward.argtypes = [c_void_p, POINTER(Batch)]
+    library.paceline_forward.restype = None
+    library.paceline_move_slot.argtypes = [c_void_p, POINTER(Segment), ctypes.c_int, ctypes.c_int]
+    library.paceline_move_slot.restype = None
+    library.paceline_close.argtypes = [c_void_p]
+    library.paceline_close.restype = None
+    library.paceline_tile_bytes.argtypes = [ctypes.c_int, ctypes.c_int]
+    library.paceline_tile_bytes.restype = c_size_t
+    library.paceline_avx512.restype = ctypes.c_int

@@ -1,0 +1,205 @@
+"""What passes between the parts: plain, frozen records. Imports nothing of ours, and no torch at run time.
+
+Vocabulary: *drafted* tokens are proposed by a draft; *accepted* ones were kept by verification; the target adds one more
+token a round, *recovered* (it replaces a rejected one) or *bonus* (everything was accepted); *emitted* = accepted + 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a drafter could do in the coming round, known before anything is drafted.
+
+    Everything here is a function of the committed tokens alone, so a controller may use it without bias.
+    """
+
+    drafter: str
+    available: int
+    """Most tokens that it would propose now (0: it has nothing to say)."""
+    signal: int = 0
+    """Evidence bucket, drafter-defined, larger is stronger (for n-grams: length of the matched suffix)."""
+    catch_up: int = 0
+    """Committed tokens that the draft's own cache still lacks; their cost is part of the round."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftFeatures:
+    """Draft-side evidence on the token that was just drawn *and kept* (losslessness rule 2)."""
+
+    position: int
+    """1 for the first drafted token of the round."""
+    max_prob: float
+    """Largest probability of the draft distribution that the token was drawn from."""
+    token_prob: float
+    """Draft probability of the drawn token."""
+    entropy: float
+    """Entropy of that distribution, nats."""
+    margin: float = 0.0
+    """Largest minus second-largest probability."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A controller's decision for one sequence and one round."""
+
+    drafter: str | None
+    """Name of the drafter, or None for a plain step."""
+    num_draft: int
+    """Most tokens to draft; 0 for a plain step."""
+    reason: str = ""
+    """Why, in words, for `paceline explain`."""
+    expected_emitted: float = 1.0
+    expected_seconds: float = 0.0
+    probe: bool = False
+    """True when the round is run to learn, not because it is expected to pay."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A proposal: a chain, or a tree with parents before children."""
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...] | None = None
+    """Index of each token's parent in `tokens`, -1 for children of the pending token; None means a chain."""
+    draft_probs: torch.Tensor | None = None
+    """[N, V] float32: row i is the distribution that token i was really drawn from. None: point-mass (chosen, not drawn)."""
+    confidences: tuple[float, ...] = ()
+    """Per token, a prefix-only estimate in [0, 1] (largest draft probability); empty when the drafter has none."""
+    drafter: str = ""
+    without_replacement: bool = False
+    """True when siblings were drawn from `draft_probs` without replacement."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Outcome of verification of one draft."""
+
+    path: tuple[int, ...]
+    """Indices into `Draft.tokens` that were accepted, root to leaf (a chain: 0, 1, ..., A-1)."""
+    emitted: tuple[int, ...]
+    """The accepted tokens and then the recovered or bonus token: len(path) + 1 tokens."""
+    acceptance: tuple[float, ...] = ()
+    """Exact conditional acceptance probability of each *observed* position (up to the first rejection); may be empty."""
+
+    @property
+    def num_accepted(self) -> int:
+        return len(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One finished round of one sequence. Times are seconds of wall clock.
+
+    In a batch, `verify_seconds` and `round_seconds` are those of the whole batched round.
+    """
+
+    request_id: int
+    drafter: str | None
+    num_planned: int
+    num_drafted: int
+    num_accepted: int
+    num_emitted: int
+    context_length: int
+    """Committed tokens before the round."""
+    signal: int = 0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    control_seconds: float = 0.0
+    round_seconds: float = 0.0
+    batch_size: int = 1
+    batch_rows: int = 0
+    """Rows of the verification forward over the whole batch (0: num_drafted + 1)."""
+    batch_emitted: int = 0
+    """Tokens that the whole batch emitted in the round (0: num_emitted)."""
+    confidences: tuple[float, ...] = ()
+    acceptance: tuple[float, ...] = ()
+    """As in `Verdict.acceptance`."""
+    truncated: bool = False
+    """The round was cut by a stop condition: its counts say nothing about later positions."""
+    probe: bool = False
+    warmup: bool = False
+    """First rounds after a cold start; their times should not be learnt from."""
+    expected_emitted: float = 1.0
+    expected_seconds: float = 0.0
+    task: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probabilities (natural log) of the target at one emitted token, after temperature and filters."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """A finished (or interrupted) generation."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    """`stop` (end token, stop id or stop string), `length`, `interrupted`."""
+    num_prompt_tokens: int
+    seconds: float
+    """Wall clock from the call to the last token, the prompt's pass included."""
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    steps: tuple[StepRecord, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    from_draft: tuple[bool, ...] = ()
+    """Per token: was it drafted and accepted (True), or the target's own (False)?"""
+    stop_reason: str | int | None = None
+    """The stop string or stop token that ended the text, if one did."""
+    seed: int = 0
+    plain_seconds_per_token: float | None = None
+    """What a plain step costs here, measured or estimated; None when unknown."""
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_drafted(self) -> int:
+        return sum(step.num_drafted for step in self.steps)
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(step.num_accepted for step in self.steps)
+
+    @property
+    def num_rounds(self) -> int:
+        return len(self.steps)
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """accepted / drafted; None when nothing was drafted."""
+        return self.num_accepted / self.num_drafted if self.num_drafted else None
+
+    @property
+    def mean_accepted_length(self) -> float | None:
+        """accepted / rounds (the bonus token is not counted)."""
+        return self.num_accepted / self.num_rounds if self.steps else None
+
+    @property
+    def block_efficiency(self) -> float | None:
+        """emitted / rounds: target tokens per target pass."""
+        return sum(step.num_emitted for step in self.steps) / self.num_rounds if self.steps else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Emitted tokens over decode time (the prompt's pass excluded)."""
+        return self.num_tokens / self.decode_seconds if self.decode_seconds > 0 else 0.0

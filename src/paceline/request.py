@@ -1,0 +1,221 @@
+"""One sequence on its way through the engine: what it holds, and how a round of its own is drafted, verified and committed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from paceline.config import SamplingParams
+from paceline.control.base import Controller, RoundContext
+from paceline.drafting.base import Drafter, DraftSession, SequenceView
+from paceline.execution.base import Runner, Segment, SequenceHandle
+from paceline.models.base import Tokenizer
+from paceline.output import OutputAssembler
+from paceline.records import Draft, DraftFeatures, GenerationResult, Plan, StepRecord, TokenLogprob, Verdict
+from paceline.sampling import CounterRandom, SampledRows
+from paceline.verification.registry import choose_rule
+
+PLAIN = Plan(None, 0, "plain")
+NO_DRAFT = Draft(())
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEvent:
+    """What one round added to a text; the last event carries the result."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    from_draft: tuple[bool, ...] = ()
+    record: StepRecord | None = None
+    result: GenerationResult | None = None
+
+
+@dataclass(slots=True)
+class Round:
+    """A round of one request in the making."""
+
+    plan: Plan
+    context_length: int
+    signal: int = 0
+    draft: Draft = NO_DRAFT
+    control_seconds: float = 0.0
+    draft_seconds: float = 0.0
+
+
+class Request:
+    """Invariant between rounds: the cache holds all tokens but the last one, which is *pending*."""
+
+    def __init__(
+        self,
+        request_id: int,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        *,
+        sequence: SequenceHandle,
+        drafters: Sequence[Drafter],
+        tokenizer: Tokenizer | None,
+        max_context: int,
+        task: str = "",
+    ) -> None:
+        self.id = request_id
+        self.tokens = list(prompt)
+        self.num_prompt = len(self.tokens)
+        self.params = params
+        self.sequence = sequence
+        self.task = task
+        end_ids = frozenset(tokenizer.end_ids) if tokenizer is not None else frozenset()
+        self._end_ids = frozenset() if params.ignore_eos else end_ids
+        self._vocab_size = tokenizer.vocab_size if tokenizer is not None else None
+        self._random = CounterRandom(seed)
+        self._max_context = max_context
+        max_new = min(params.max_tokens, max_context - self.num_prompt)
+        self._output = OutputAssembler(tokenizer, params, self.num_prompt, max_new, end_ids)
+        view = SequenceView(request_id, self.tokens, self.num_prompt, params, seed, self._end_ids | set(params.stop_token_ids))
+        self.sessions: dict[str, DraftSession] = {d.name: d.open(view) for d in drafters}
+        self._wanting = {d.name for d in drafters if d.wants_logits}
+        self._drafters = list(drafters)
+        self.finish_reason: str | None = None
+        self.steps: list[StepRecord] = []
+        self.from_draft: list[bool] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.started = self.decode_started = self.ended = perf_counter()
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    # ---------- plan and draft ----------
+
+    def plan(self, controller: Controller, max_draft: int, batch_size: int, other_rows: int) -> Round:
+        """Ask the controller what to do in the coming round."""
+        length = len(self.tokens)
+        limit = min(max_draft, self.params.max_tokens - self.num_generated - 1, self._max_context - length - 1)
+        if limit < 1 or not self.sessions:
+            return Round(PLAIN, length)
+        started = perf_counter()
+        outlooks = tuple(session.outlook(limit) for session in self.sessions.values())
+        looked = perf_counter()
+        plan = controller.plan(RoundContext(self.id, length, limit, outlooks, batch_size, other_rows, self.task))
+        signal = next((o.signal for o in outlooks if o.drafter == plan.drafter), 0)
+        return Round(plan, length, signal, control_seconds=perf_counter() - looked, draft_seconds=looked - started)
+
+    def draft(self, step: Round, controller: Controller) -> None:
+        """Let the chosen drafter propose."""
+        if step.plan.drafter is None or step.plan.num_draft == 0:
+            return
+        started = perf_counter()
+
+        def keep_drafting(features: DraftFeatures) -> bool:
+            return controller.keep_drafting(self.id, features)
+
+        step.draft = self.sessions[step.plan.drafter].propose(step.plan.num_draft, keep_drafting)
+        step.draft_seconds += perf_counter() - started
+
+    def segment(self, draft: Draft) -> Segment:
+        """The pending token and the draft behind it, as one run of new tokens."""
+        tokens = (self.tokens[-1], *draft.tokens)
+        parents = None if draft.parents is None else (-1, *(parent + 1 for parent in draft.parents))
+        return Segment(self.sequence, tokens, parents)
+
+    # ---------- verify and commit ----------
+
+    def verify(self, draft: Draft, logits: torch.Tensor, rule: str) -> Verdict:
+        """Judge the draft. logits: [len(draft) + 1, V], the row of the pending token first."""
+        rows = SampledRows(
+            logits,
+            self.params,
+            self.tokens,
+            self.num_prompt,
+            draft,
+            end_ids=self._end_ids,
+            vocab_size=self._vocab_size,
+        )
+        chosen = choose_rule(rule, self.params, draft, seeded=self.params.seed is not None)
+        verdict = chosen.verify(rows, draft, self._random, len(self.tokens))
+        if self.params.logprobs is not None:
+            path = (0, *(node + 1 for node in verdict.path))
+            top = self.params.logprobs
+            self.logprobs.extend(rows.logprob(row, token, top) for row, token in zip(path, verdict.emitted, strict=True))
+        return verdict
+
+    def commit(self, step: Round, verdict: Verdict, runner: Runner, logits: torch.Tensor) -> tuple[str, int]:
+        """Keep what was accepted, in cache, text and drafters. Returns the new text and how many tokens stayed."""
+        pushed = self._output.push(verdict.emitted)
+        kept = pushed.accepted
+        runner.accept(self.sequence, (0, *(node + 1 for node in verdict.path)))
+        self.tokens.extend(verdict.emitted[:kept])
+        self.from_draft.extend([True] * min(kept, len(verdict.path)) + [False] * (kept > len(verdict.path)))
+        del self.logprobs[self.num_generated :]
+        self.finish_reason = pushed.finished
+        for name, session in self.sessions.items():
+            own = verdict if step.draft.drafter == name and step.draft.tokens else None
+            session.observe(own, logits if name in self._wanting else None)
+        return pushed.text, kept
+
+    def record(
+        self, step: Round, verdict: Verdict, kept: int, verify_seconds: float, round_seconds: float, batch: tuple[int, int, int]
+    ) -> StepRecord:
+        """The finished round as a record. batch: sequences, rows and emitted tokens of the whole batched round."""
+        plan, draft = step.plan, step.draft
+        record = StepRecord(
+            request_id=self.id,
+            drafter=plan.drafter if plan.num_draft else None,
+            num_planned=plan.num_draft,
+            num_drafted=len(draft),
+            num_accepted=min(kept, len(verdict.path)),
+            num_emitted=kept,
+            context_length=step.context_length,
+            signal=step.signal,
+            draft_seconds=step.draft_seconds,
+            verify_seconds=verify_seconds,
+            control_seconds=step.control_seconds,
+            round_seconds=round_seconds,
+            batch_size=batch[0],
+            batch_rows=batch[1],
+            batch_emitted=batch[2],
+            confidences=draft.confidences,
+            acceptance=verdict.acceptance,
+            truncated=kept < len(verdict.emitted),
+            probe=plan.probe,
+            warmup=not self.steps,
+            expected_emitted=plan.expected_emitted,
+            expected_seconds=plan.expected_seconds,
+            task=self.task,
+            reason=plan.reason,
+        )
+        self.steps.append(record)
+        return record
+
+    # ---------- the end ----------
+
+    def close(self, runner: Runner, controller: Controller) -> None:
+        """Give back cache and drafts; drafters that learn across requests see the text."""
+        for session in self.sessions.values():
+            session.close()
+        for drafter in self._drafters:
+            drafter.finish_request(self.tokens, self.num_prompt)
+        controller.finish(self.id)
+        runner.close(self.sequence)
+
+    def result(self, plain_seconds: float | None) -> GenerationResult:
+        """What there is so far; `interrupted` when no end was reached."""
+        self._output.flush()
+        return GenerationResult(
+            text=self._output.text,
+            token_ids=tuple(self.tokens[self.num_prompt :]),
+            finish_reason=self.finish_reason or "interrupted",
+            num_prompt_tokens=self.num_prompt,
+            seconds=self.ended - self.started,
+            prefill_seconds=self.decode_started - self.started,
+            decode_seconds=self.ended - self.decode_started,
+            steps=tuple(self.steps),
+            logprobs=tuple(self.logprobs) if self.params.logprobs is not None else None,
+            from_draft=tuple(self.from_draft),
+            stop_reason=self._output.stop_reason,
+            seed=self._random.seed,
+            plain_seconds_per_token=plain_seconds,
+        )

@@ -1,0 +1,1 @@
+"""Benchmarks and studies over engines: prompts, methods, interleaved timing, replay."""

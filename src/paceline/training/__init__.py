@@ -1,0 +1,1 @@
+"""Training of drafts (not yet written)."""

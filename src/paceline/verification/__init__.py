@@ -1,0 +1,1 @@
+"""Verification rules: pure functions of the target's rows and a draft."""

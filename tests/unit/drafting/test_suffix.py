@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import threading
+from array import array
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paceline.drafting.registry import parse_spec
+from paceline.drafting.suffix import OutputStore, SuffixDrafter, SuffixOptions
+from paceline.drafting.suffix_index import Limits, Place, Speculation, SuffixIndex, followers, path_walk, speculate
+from paceline.records import DraftFeatures
+from toys import make_view
+
+R1 = [1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3, 4]
+R2 = [9, 2, 3, 4]
+
+
+def always(_: DraftFeatures) -> bool:
+    return True
+
+
+def index_of(*sequences: list[int]) -> SuffixIndex:
+    index = SuffixIndex(table_bits=10)
+    for i, sequence in enumerate(sequences):
+        if i:
+            index.end_sequence()
+        index.extend(sequence)
+    return index
+
+
+def ask(index: SuffixIndex, context: list[int], limits: Limits, max_tokens: int = 5) -> Speculation:
+    return speculate(index, array("i", context), 100, limits, max_tokens)
+
+
+def all_places(index: SuffixIndex, context: list[int]) -> list[Place]:
+    return [place for places in index.places(array("i", context), 1000) for place in places]
+
+
+def test_counts_are_those_of_the_suffix_tree() -> None:
+    index = index_of(R1, R2)
+
+    def counts(context: list[int]) -> tuple[int, dict[int, int]]:
+        places = [p for p in all_places(index, context) if p.matched == len(context)]
+        found = followers(index.tokens, [p.start for p in places])
+        return len(places), {token: len(behind) for token, behind in found.items()}
+
+    assert counts([2, 3]) == (4, {4: 3, 5: 1})
+    assert counts([1, 2, 3]) == (3, {4: 2, 5: 1})
+
+
+def test_worked_example_of_adaptive_length() -> None:
+    # The note's tree is 8 deep, which ends the second draft after 5 tokens; here the budget does.
+    index = index_of(R1, R2)
+    found = ask(index, [7, 1, 2, 3], Limits(factor=1.0))
+    assert found.tokens == (4, 1, 2)
+    assert np.cumprod(found.confidences) == pytest.approx([2 / 3, 1 / 3, 1 / 3])
+    assert (found.score, found.matched) == (pytest.approx(4 / 3), 3)
+    found = ask(index, [7, 1, 2, 3], Limits(factor=2.0))
+    assert found.tokens == (4, 1, 2, 3, 5)
+    assert found.score == pytest.approx(2.0)
+    found = ask(index, [7, 1, 2, 3], Limits(factor=2.0, min_prob=0.5))
+    assert (found.tokens, found.confidences, found.matched) == ((4,), (0.75,), 2)
+
+
+def test_a_text_that_ends_like_the_context_halves_the_estimate() -> None:
+    found = ask(index_of([1, 2, 3, 1, 2]), [9, 1, 2], Limits(factor=2.0))
+    assert found.tokens == (3, 1, 2)
+    assert np.cumprod(found.confidences).tolist() == [0.5, 0.5, 0.5]
+    assert found.score == 1.5
+
+
+def test_tree_walk_emits_paths_by_probability() -> None:
+    index = index_of([1, 2, 5, 6], [1, 2, 5, 7], [1, 2, 8, 9])
+    found = ask(index, [0, 1, 2], Limits(factor=3.0, tree=True), max_tokens=6)
+    assert found.parents is not None
+    assert found.tokens[0] == 5
+    paths = {}
+    for i, (token, parent) in enumerate(zip(found.tokens, found.parents, strict=True)):
+        paths[i] = (*paths.get(parent, ()), token)
+    assert set(paths.values()) == {(5,), (5, 6), (5, 7), (8,), (8, 9)}
+    probs = [2 / 3, 1 / 3, 1 / 3, 1 / 3, 1 / 3]
+    assert found.score == pytest.approx(sum(probs))
+
+
+def naive_path(sequences: list[list[int]], context: list[int], matched: int, budget: int) -> list[float]:
+    """Path probabilities straight from the definition of the counts."""
+    node = context[len(context) - matched :]
+    probs: list[float] = []
+
+    def count(pattern: list[int]) -> int:
+        return sum(s[i : i + len(pattern)] == pattern for s in sequences for i in range(len(s) - len(pattern) + 1))
+
+    path = 1.0
+    while len(probs) < budget:
+        children = Counter({t: count([*node, t]) for t in range(4)})
+        token, best = children.most_common(1)[0]
+        if best == 0 or sorted(children.values())[-2] == best:  # ties may be broken either way
+            break
+        path *= best / count(node)
+        if path < 0.1:
+            break
+        probs.append(path)
+        node = [*node, token]
+    return probs
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=25), min_size=1, max_size=3),
+    st.lists(st.integers(0, 3), min_size=1, max_size=6),
+)
+def test_estimates_equal_counting_from_the_definition(sequences: list[list[int]], context: list[int]) -> None:
+    index = index_of(*sequences)
+    places = all_places(index, context)
+    longest = places[0].matched if places else 0
+    for size in range(1, len(context) + 1):
+        occurrences = sum(s[i : i + size] == context[-size:] for s in sequences for i in range(len(s) - size + 1))
+        assert sum(p.matched >= size for p in places) == occurrences
+    if longest:
+        starts = [p.start for p in places if p.matched == longest]
+        found = path_walk(index.tokens, starts, 5, 0.1, (), longest)
+        naive = naive_path(sequences, context, longest, 5)
+        assert np.cumprod(found.confidences)[: len(naive)].tolist() == pytest.approx(naive)
+
+
+def test_a_session_prefers_the_better_of_own_text_and_past_outputs() -> None:
+    drafter = SuffixDrafter()
+    drafter.finish_request([90, 91, 1, 2, 3, 4, 5, 6], num_prompt=2)
+    session = drafter.open(make_view([7, 8, 1, 2, 3]))
+    assert session.outlook(8).available == 3
+    assert session.propose(8, always).tokens == (4, 5, 6)
+    view = make_view([1, 2, 3, 30, 31, 32, 33, 1, 2, 3])
+    drafter.store = OutputStore(1000)
+    assert drafter.open(view).propose(4, always).tokens == (30, 31, 32, 33)
+
+
+def test_prompts_of_finished_requests_are_not_stored() -> None:
+    drafter = SuffixDrafter()
+    drafter.finish_request([1, 2, 3, 4, 9], num_prompt=4)
+    assert drafter.open(make_view([1, 2, 3])).outlook(4).available == 0
+
+
+def test_short_drafts_are_beginnings_of_long_ones_in_both_shapes() -> None:
+    tokens = np.random.default_rng(0).integers(0, 5, 300).tolist()
+    for tree in (False, True):
+        drafter = SuffixDrafter(SuffixOptions(factor=4.0), tree=tree)
+        session = drafter.open(make_view(tokens))
+        whole = session.propose(12, always)
+        assert len(whole) == session.outlook(12).available
+        for count in range(1, len(whole)):
+            part = session.propose(count, always)
+            assert part.tokens == whole.tokens[:count]
+            assert (part.parents is None) == (not tree)
+            if part.parents is not None:
+                assert all(parent < i for i, parent in enumerate(part.parents))
+
+
+def test_nothing_follows_an_end_token() -> None:
+    for tree in (False, True):
+        session = SuffixDrafter(SuffixOptions(factor=4.0), tree=tree).open(make_view([1, 2, 3, 0, 4, 5, 1, 2, 3], end_ids=[0]))
+        assert session.propose(8, always).tokens == (0,)
+
+
+def test_evidence_grows_with_match_and_agreement() -> None:
+    text = [10, 11, 12, 13, 14, 15, 16, 17, 18, 50]
+    signals = []
+    for length in (1, 2, 4, 8):
+        tail = text[9 - length : 9]
+        signals.append(SuffixDrafter().open(make_view([*text, 60, *tail])).outlook(8).signal)
+    assert signals == sorted(set(signals))
+    agreed = SuffixDrafter().open(make_view([1, 2, 5, 1, 2, 5, 1, 2, 5, 1, 2])).outlook(8).signal
+    split = SuffixDrafter().open(make_view([3, 1, 2, 5, 8, 1, 2, 6, 9, 1, 2])).outlook(8).signal
+    assert agreed > split
+
+
+def test_store_drops_the_oldest_requests_and_stays_within_its_bound() -> None:
+    store = OutputStore(100)
+    limits = Limits(factor=2.0)
+    for request in range(50):
+        store.add([1000 + request, 2000 + request, *range(request, request + 10)])
+        assert len(store) <= 100
+    tail = array("i", [1049, 2049])
+    assert store.speculate(tail, 8, limits, 4, ()).tokens == (49, 50, 51, 52)
+    assert store.speculate(array("i", [1000, 2000]), 8, limits, 4, ()).tokens == ()
+    bytes_now = store.memory_bytes()
+    for request in range(50):
+        store.add(list(range(request, request + 12)))
+    assert store.memory_bytes() <= bytes_now + 36 * 100
+
+
+def test_an_output_longer_than_the_store_keeps_its_end() -> None:
+    store = OutputStore(16)
+    store.add(list(range(20)))
+    assert store.speculate(array("i", [17, 18]), 8, Limits(factor=2.0), 4, ()).tokens == (19,)
+    assert store.speculate(array("i", [3, 4]), 8, Limits(factor=2.0), 4, ()).tokens == ()
+
+
+def test_a_store_of_no_tokens_keeps_nothing() -> None:
+    store = OutputStore(0)
+    store.add([1, 2, 3])
+    assert len(store) == 0
+
+
+def test_store_survives_many_threads() -> None:
+    store = OutputStore(500)
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        try:
+            for _ in range(60):
+                store.add(rng.integers(0, 6, 20).tolist())
+                store.speculate(array("i", rng.integers(0, 6, 10).tolist()), 16, Limits(), 8, ())
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(store) <= 500
+
+
+def test_the_tree_form_is_registered() -> None:
+    assert parse_spec("suffix+tree, ngram") == ["suffix+tree", "ngram"]

