@@ -9,9 +9,12 @@ import numpy as np
 import torch
 
 from paceline.config import SamplingParams
-from paceline.drafting.base import SequenceView
+from paceline.drafting.base import Drafter, SequenceView
 from paceline.errors import ResourceError
-from paceline.execution.base import ForwardOutput, Runner, RunnerInfo, Segment
+from paceline.execution.base import ForwardOutput, Runner, RunnerInfo, Segment, prefill
+from paceline.records import Draft
+from paceline.sampling import CounterRandom, SampledRows
+from paceline.verification.registry import choose_rule
 
 Language = Callable[[tuple[int, ...]], np.ndarray]
 """Logits [V] of the token that follows a non-empty sequence."""
@@ -148,3 +151,29 @@ def make_view(
     """A sequence as drafters see it."""
     length = len(tokens) if num_prompt is None else num_prompt
     return SequenceView(request_id, list(tokens), length, sampling or SamplingParams(), seed, frozenset(end_ids), coupled)
+
+
+def speculate_toy(
+    target: ToyRunner, drafter: Drafter, view: SequenceView, num_tokens: int, num_draft: int, rule: str = "auto"
+) -> list[int]:
+    """The engine's loop in small: emit `num_tokens` tokens after the view's, drafting `num_draft` a round. Returns them."""
+    sequence = target.open()
+    prefill(target, sequence, view.tokens[:-1])
+    session = drafter.open(view)
+    random = CounterRandom(view.seed)
+    end = len(view.tokens) + num_tokens
+    while len(view.tokens) < end:
+        wanted = min(num_draft, session.outlook(num_draft).available)
+        draft = session.propose(wanted, lambda _: True) if wanted else Draft(())
+        parents = None if draft.parents is None else (-1, *(parent + 1 for parent in draft.parents))
+        logits = target.forward([Segment(sequence, (view.tokens[-1], *draft.tokens), parents)]).logits
+        rows = SampledRows(logits, view.sampling, view.tokens, view.num_prompt, draft)
+        chosen = choose_rule(rule, view.sampling, draft, seeded=view.coupled)
+        verdict = chosen.verify(rows, draft, random, len(view.tokens))
+        target.accept(sequence, (0, *(node + 1 for node in verdict.path)))
+        view.tokens.extend(verdict.emitted)
+        session.observe(verdict if draft.tokens else None, logits if drafter.wants_logits else None)
+    session.close()
+    drafter.finish_request(view.tokens, view.num_prompt)
+    target.close(sequence)
+    return view.tokens[end - num_tokens : end]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from paceline.config import RunnerConfig, SpeculationConfig
@@ -14,14 +15,38 @@ from paceline.errors import ModelError
 from paceline.execution.base import Runner
 from paceline.execution.factory import create_runner
 from paceline.execution.measure import load_or_measure
+from paceline.models.base import ModelSource
 from paceline.models.compat import compare_tokenizers
 from paceline.models.resolve import open_model
+from paceline.verification import registry as rules
 
 if TYPE_CHECKING:
     from paceline.engine import Engine
 
 _LOOKUP_SECONDS = 20e-6
 """First guess of what a draft without a model costs; the pacer learns the truth from its first rounds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A loaded model and what its steps cost here. Engines with other drafters and controllers may share one, in turn."""
+
+    source: ModelSource
+    runner: Runner
+    config: RunnerConfig
+    costs: CostTable
+    notes: tuple[str, ...] = ()
+
+
+def load_target(model: str, config: RunnerConfig, progress: Callable[[str], None] | None = None) -> Target:
+    """Load a model and measure it, or recall its measurement. Raises ModelError, OptionError, CacheError."""
+    say = progress or (lambda _: None)
+    source = open_model(model, progress=progress)
+    say(f"loading {source.name}")
+    runner = create_runner(source, config)
+    say("measuring what steps cost here")
+    costs, note = load_or_measure(runner, source.fingerprint)
+    return Target(source, runner, config, costs, (note,) if note else ())
 
 
 def assemble(
@@ -32,38 +57,48 @@ def assemble(
     progress: Callable[[str], None] | None,
 ) -> Engine:
     """Build an engine. Raises ModelError, OptionError, CacheError."""
-    say = progress or (lambda _: None)
-    names = drafters.parse_spec(speculation.draft)  # refuse a bad specification before the model loads
+    check_speculation(speculation)
+    return build_engine(cls, load_target(model, runner_config, progress), speculation, progress)
+
+
+def check_speculation(speculation: SpeculationConfig) -> None:
+    """Refuse unknown drafters and controllers before a model is loaded. Raises OptionError."""
+    drafters.parse_spec(speculation.draft)
     controllers.info(speculation.controller)
-    source = open_model(model, progress=progress)
-    say(f"loading {source.name}")
-    runner = create_runner(source, runner_config)
-    say("measuring what steps cost here")
-    costs, note = load_or_measure(runner, source.fingerprint)
+    if speculation.rule != rules.AUTO:
+        rules.create(speculation.rule)
+
+
+def build_engine(
+    cls: type[Engine], target: Target, speculation: SpeculationConfig, progress: Callable[[str], None] | None = None
+) -> Engine:
+    """Drafters, a controller and a cost table of its own over a loaded target. Raises ModelError, OptionError."""
+    costs = CostTable.from_json(target.costs.to_json())
     drafts: dict[str, tuple[Runner, CostTable]] = {}
 
     def open_draft(name: str) -> Runner:
         draft_source = open_model(name, progress=progress)
-        fit = compare_tokenizers(source.tokenizer, draft_source.tokenizer)
+        fit = compare_tokenizers(target.source.tokenizer, draft_source.tokenizer)
         if not fit.same:
             raise ModelError(f"draft {name!r}: {fit.message}")
-        draft_runner = create_runner(draft_source, runner_config)
+        draft_runner = create_runner(draft_source, target.config)
         drafts[name] = draft_runner, load_or_measure(draft_runner, draft_source.fingerprint)[0]
         return draft_runner
 
-    context = DrafterContext(vocab_size=runner.info.vocab_size, max_context=runner.info.max_context, open_model=open_draft)
+    info = target.runner.info
+    context = DrafterContext(vocab_size=info.vocab_size, max_context=info.max_context, open_model=open_draft)
     made = drafters.create_all(speculation.draft, speculation.drafter_options, context)
     for drafter in made:
         costs.drafters[drafter.name] = _draft_cost(drafter.name, drafts)
     return cls(
-        runner,
+        target.runner,
         costs=costs,
         controller=controllers.create(speculation.controller, costs, speculation.controller_options),
-        drafters=made if names else (),
-        tokenizer=source.tokenizer,
-        source=source,
+        drafters=made,
+        tokenizer=target.source.tokenizer,
+        source=target.source,
         speculation=speculation,
-        notes=(note,) if note else (),
+        notes=target.notes,
     )
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from time import perf_counter
-from typing import overload
+from typing import Any, overload
 
 from paceline.config import RunnerConfig, SamplingParams, SpeculationConfig
 from paceline.control.base import Controller
@@ -76,8 +76,8 @@ class Engine:
         """
         from paceline.assembly import assemble
 
-        given = {"precision": precision, "device": device, "threads": threads, "max_context": max_context}
-        chosen = {"draft": draft, "controller": controller}
+        given: dict[str, Any] = {"precision": precision, "device": device, "threads": threads, "max_context": max_context}
+        chosen: dict[str, Any] = {"draft": draft, "controller": controller}
         return assemble(
             cls,
             model,
@@ -96,7 +96,7 @@ class Engine:
     # ---------- calls ----------
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]
         self, prompt: Prompt, params: SamplingParams | None = None, *, plain: bool = False, task: str = ""
     ) -> GenerationResult: ...
 
@@ -115,7 +115,7 @@ class Engine:
         Raises PromptError, OptionError, ResourceError.
         """
         params = params or SamplingParams()
-        one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
+        one = isinstance(prompt, str) or len(prompt) == 0 or isinstance(prompt[0], int)
         prompts: Sequence[Prompt] = [prompt] if one else prompt  # type: ignore[list-item,assignment]
         encoded = [self._encode(p, params) for p in prompts]
         if one and params.n == 1:
@@ -193,7 +193,7 @@ class Engine:
         first, outcomes = 0, []
         for request, step in zip(requests, steps, strict=True):
             logits = output.logits[first : first + len(step.draft) + 1]
-            verdict = request.verify(step.draft, logits, self.speculation.rule)
+            verdict = request.verify(step.draft, logits)
             text, kept = request.commit(step, verdict, self.runner, logits)
             outcomes.append((verdict, text, kept))
             first += len(step.draft) + 1
@@ -244,6 +244,7 @@ class Engine:
                     drafters=drafters,
                     tokenizer=self._tokenizer,
                     max_context=self.runner.info.max_context,
+                    rule=self.speculation.rule,
                     task=task,
                 )
                 requests.append(request)

@@ -16,7 +16,7 @@ from paceline.models.base import Tokenizer
 from paceline.output import OutputAssembler
 from paceline.records import Draft, DraftFeatures, GenerationResult, Plan, StepRecord, TokenLogprob, Verdict
 from paceline.sampling import CounterRandom, SampledRows
-from paceline.verification.registry import choose_rule
+from paceline.verification.registry import AUTO, choose_rule
 
 PLAIN = Plan(None, 0, "plain")
 NO_DRAFT = Draft(())
@@ -59,6 +59,7 @@ class Request:
         drafters: Sequence[Drafter],
         tokenizer: Tokenizer | None,
         max_context: int,
+        rule: str = AUTO,
         task: str = "",
     ) -> None:
         self.id = request_id
@@ -68,13 +69,22 @@ class Request:
         self.sequence = sequence
         self.task = task
         end_ids = frozenset(tokenizer.end_ids) if tokenizer is not None else frozenset()
-        self._end_ids = frozenset() if params.ignore_eos else end_ids
+        self._stop_ids = (frozenset() if params.ignore_eos else end_ids) | set(params.stop_token_ids)
+        self._rule = rule
         self._vocab_size = tokenizer.vocab_size if tokenizer is not None else None
         self._random = CounterRandom(seed)
         self._max_context = max_context
         max_new = min(params.max_tokens, max_context - self.num_prompt)
         self._output = OutputAssembler(tokenizer, params, self.num_prompt, max_new, end_ids)
-        view = SequenceView(request_id, self.tokens, self.num_prompt, params, seed, self._end_ids | set(params.stop_token_ids))
+        view = SequenceView(
+            request_id,
+            self.tokens,
+            self.num_prompt,
+            params,
+            seed,
+            self._stop_ids,
+            coupled=rule == "match" or (rule == AUTO and params.seed is not None),
+        )
         self.sessions: dict[str, DraftSession] = {d.name: d.open(view) for d in drafters}
         self._wanting = {d.name for d in drafters if d.wants_logits}
         self._drafters = list(drafters)
@@ -123,7 +133,7 @@ class Request:
 
     # ---------- verify and commit ----------
 
-    def verify(self, draft: Draft, logits: torch.Tensor, rule: str) -> Verdict:
+    def verify(self, draft: Draft, logits: torch.Tensor) -> Verdict:
         """Judge the draft. logits: [len(draft) + 1, V], the row of the pending token first."""
         rows = SampledRows(
             logits,
@@ -131,10 +141,10 @@ class Request:
             self.tokens,
             self.num_prompt,
             draft,
-            end_ids=self._end_ids,
+            end_ids=self._stop_ids,
             vocab_size=self._vocab_size,
         )
-        chosen = choose_rule(rule, self.params, draft, seeded=self.params.seed is not None)
+        chosen = choose_rule(self._rule, self.params, draft, seeded=self.params.seed is not None)
         verdict = chosen.verify(rows, draft, self._random, len(self.tokens))
         if self.params.logprobs is not None:
             path = (0, *(node + 1 for node in verdict.path))

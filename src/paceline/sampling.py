@@ -277,7 +277,7 @@ class SampledRows:
         return TokenLogprob(token, float(logprobs[token]), tuple((i, value) for i, value in pairs if value > -math.inf))
 
     def _path(self, row: int) -> list[int]:
-        """Draft tokens from the root to this row, this row's own token included."""
+        """This row's own draft token and its ancestors, in no particular order."""
         tokens, parents = self._draft.tokens, self._draft.parents
         if parents is None:
             return list(tokens[:row])
@@ -286,7 +286,7 @@ class SampledRows:
         while node >= 0:
             path.append(tokens[node])
             node = parents[node]
-        return path[::-1]
+        return path
 
     def _banned(self, row: int) -> Collection[int]:
         missing = self._params.min_tokens - (len(self._committed) - self._num_prompt)

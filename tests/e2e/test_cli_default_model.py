@@ -98,3 +98,15 @@ def test_explain_and_info_tell_how_the_model_is_run(launch: Launch) -> None:
     assert "cost of a forward" in explained.stdout
     informed = finish(launch(*PACELINE, "info", "--json"))
     assert json.loads(informed.stdout)["model"]["loaded"] is True
+
+
+def test_recorded_rounds_can_be_replayed(launch: Launch, tmp_path: Path) -> None:
+    prompts, trace, out = tmp_path / "prompts.jsonl", tmp_path / "trace.jsonl", tmp_path / "replay.json"
+    prompts.write_text(json.dumps({"prompt": REPEAT}))
+    options = ("--controller", "fixed", "--max-tokens", "32", "--prompts", str(prompts))
+    assert finish(launch(*PACELINE, "trace", str(trace), *options)).code == 0
+    replayed = finish(
+        launch(*PACELINE, "replay", "--trace", str(trace), "--controllers", "plain,fixed_4,pacer", "--json", str(out))
+    )
+    assert replayed.code == 0, replayed.stderr
+    assert {row["controller"] for row in json.loads(out.read_text())["results"]} == {"plain", "fixed_4", "pacer"}

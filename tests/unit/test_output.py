@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import END, byte_fallback_tokenizer, byte_level_tokenizer
 
 from paceline.config import SamplingParams
 from paceline.errors import OptionError
 from paceline.output import OutputAssembler, StopMatcher
+from tiny_models import END, byte_fallback_tokenizer, byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
 FALLBACK = byte_fallback_tokenizer()

@@ -51,14 +51,14 @@ def bench(
     prompt_set = load_prompts(prompts, limit=limit)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     engines: list[Engine] = []
+    engine_for = loading.engine_factory(settings, Console(stderr=True))
 
-    def engine_for(config: SpeculationConfig) -> Engine:
-        wanted = Settings(settings.model, settings.sampling, config, settings.runner)
-        engines.append(loading.load_engine(wanted, Console(stderr=True)))
+    def remember(config: SpeculationConfig) -> Engine:
+        engines.append(engine_for(config))
         return engines[-1]
 
     try:
-        made = make_methods(names, engine_for)
+        made = make_methods(names, remember)
         chat = engines[0].tokenizer.has_chat_template and not raw
         samples, complete = _measure(made, _encode(engines[0], prompt_set, chat), settings.sampling, repeats, warm_up)
         options = {"prompts": prompts, "methods": names, "limit": limit, "repeats": repeats, "warm_up": warm_up, "chat": chat}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from paceline.cli.options import Settings
-from paceline.config import SamplingParams
+from paceline.config import SamplingParams, SpeculationConfig
 from paceline.errors import OptionError, PromptError
 
 if TYPE_CHECKING:
@@ -27,6 +27,23 @@ def load_engine(settings: Settings, console: Console) -> Engine:
         return Engine.from_pretrained(
             settings.model, runner=settings.runner, speculation=settings.speculation, progress=status.update
         )
+
+
+def engine_factory(settings: Settings, console: Console) -> Callable[[SpeculationConfig], Engine]:
+    """Makes engines that share one loaded target; it is loaded when the first of them is asked for."""
+    from paceline.assembly import Target, build_engine, check_speculation, load_target
+    from paceline.engine import Engine
+
+    loaded: list[Target] = []
+
+    def make(speculation: SpeculationConfig) -> Engine:
+        check_speculation(speculation)
+        with console.status("loading") as status:
+            if not loaded:
+                loaded.append(load_target(settings.model, settings.runner, status.update))
+            return build_engine(Engine, loaded[0], speculation, status.update)
+
+    return make
 
 
 @contextmanager

@@ -19,18 +19,16 @@ from paceline.records import StepRecord
 POSITIONS = 16
 """Positions with counts of their own; later ones share those of the last."""
 
-_BUCKET_ENDS = (0, 1, 2, 3, 4, 6, 9, 16)
-_BUCKETS = tuple(sum(signal > end for end in _BUCKET_ENDS) for signal in range(18))
-NUM_BUCKETS = len(_BUCKET_ENDS) + 1
-_PRIOR = (0.7, 0.25, 0.4, 0.5, 0.6, 0.7, 0.78, 0.84, 0.9)
+_PRIOR = (0.7, 0.25, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 """Chance of acceptance before anything was seen, by signal bucket. Bucket 0 is a drafter that gives no signal."""
+NUM_BUCKETS = len(_PRIOR)
 _HALF_LIFE = 512.0
 """Tokens after which a request's evidence counts half, whether or not new evidence came."""
 
 
 def signal_bucket(signal: int) -> int:
-    """Bucket of a drafter's signal: 0, 1, 2, 3, 4, 5-6, 7-9, 10-16, 17 and more."""
-    return _BUCKETS[signal] if 0 <= signal < 18 else (NUM_BUCKETS - 1 if signal > 0 else 0)
+    """Bucket of a drafter's signal: 0, 1, ..., 8, then 9 to 16, then 17 and more."""
+    return signal if signal <= 8 else 9 if signal <= 16 else 10
 
 
 def observed_labels(record: StepRecord) -> tuple[float, ...]:

@@ -15,17 +15,19 @@ class TimeBank:
     is kept of earlier gains, in plain steps, so that old successes cannot pay for a long bad stretch.
     """
 
-    __slots__ = ("_cap", "_eps", "_start", "granted", "slack")
+    __slots__ = ("_cap", "_eps", "_start", "granted", "is_open", "slack")
 
     def __init__(self, eps: float = 0.01, start: float = 3.0, cap: float = 200.0) -> None:
         self._eps, self._start, self._cap = eps, start, cap
-        self.slack = -1.0
-        """(1 + eps) * plain time + start - time so far, but at most the cap; seconds. Negative until `open`."""
+        self.is_open = False
+        self.slack = 0.0
+        """(1 + eps) * plain time + start - time so far, but at most the cap; seconds."""
         self.granted = 0.0
         """Losses allowed to plans of the running round (several in a batch), seconds."""
 
     def open(self, plain_seconds: float) -> None:
         """Set the start from the time of a plain step."""
+        self.is_open = True
         self.slack = self._start * plain_seconds
 
     def grant(self, loss: float) -> bool:
@@ -35,9 +37,12 @@ class TimeBank:
         self.granted += loss
         return True
 
-    def settle_plain(self, plain_seconds: float, num_emitted: float = 1.0) -> None:
-        """A plain round: its time is plain time by definition, and its tokens add their share of eps."""
-        self._settle(self._eps * plain_seconds * num_emitted, plain_seconds)
+    def settle_plain(self, plain_seconds: float, num_emitted: float = 1.0, looking: float = 0.0) -> None:
+        """A plain round: its time is plain time by definition, and its tokens add their share of eps.
+
+        looking: seconds spent on deciding against a draft; they use that share up, but never more: no decision could save them.
+        """
+        self._settle(max(0.0, self._eps * plain_seconds * num_emitted - looking), plain_seconds)
 
     def settle(self, plain_seconds: float, num_emitted: float, seconds: float) -> None:
         """A speculative round of `seconds` that emitted `num_emitted` tokens, each worth a plain step."""

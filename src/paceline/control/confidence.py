@@ -26,7 +26,7 @@ class Bin(NamedTuple):
     """Mean predicted chance."""
     accepted: float
     """Mean label."""
-    count: int
+    labels: int
 
 
 def _feature(max_prob: float) -> float:

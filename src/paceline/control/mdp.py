@@ -1,10 +1,12 @@
 """`mdp`: stop or continue, by a tabular decision process learnt while running.
 
-In the manner of JointAdaSpec (public code): states of entropy bin, divergence bin and draft length; Laplace and
-neighbour smoothing. Deviations, ours: its state holds KL(q, p) of the coming token, which asks the target before every decision,
-and which no controller here is given. The state is draft entropy (nats) and the last round's acceptance rate instead; the
-verification threshold stays at 1, so it is lossless; and since a round only moves forward, one backward pass replaces value
-iteration. Reward: accepted tokens minus seconds at the current price, in place of 0.01 per millisecond.
+In the manner of JointAdaSpec (public code): states of entropy bin, divergence bin and draft length, with neighbour smoothing where
+visits are few. Deviations, ours: its state holds KL(q, p) of the coming token, which asks the target before every decision,
+and which no controller here is given. The state is draft entropy (nats) and the last round's acceptance rate instead, and the
+entropy is summed over the draft so far: without the target's view of them, earlier doubtful tokens must not be forgotten; the
+verification threshold stays at 1, so it is lossless; since a round only moves forward, one backward pass replaces value
+iteration; acceptance is shrunk towards the mean of its position, not by Laplace's rule, whose 1/2 is far too hopeful deep in a
+draft. Reward: accepted tokens minus seconds at the current price, in place of 0.01 per millisecond.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from paceline.control.base import RoundContext, longest_outlook
 from paceline.control.rounds import (
@@ -31,6 +33,8 @@ from paceline.records import DraftFeatures, Plan, StepRecord
 ENTROPY_TOP = 6.0
 MIN_VISITS = 5
 """States with fewer visits borrow those of the neighbouring evidence bins."""
+PRIOR_VISITS = 2
+"""Weight of the position's mean acceptance in that of each state."""
 
 
 def bin_of(value: float, top: float, bins: int) -> int:
@@ -48,14 +52,14 @@ class _Cell:
     """What was seen after drafting one more token from a state."""
 
     visits: int
-    accepted: float
+    accepted: int
     nexts: list[int]
 
 
 class StopModel:
     """Counts over (evidence, recent, position), and the policy that follows from them at a price.
 
-    evidence: bin of what the draft said of the last drawn token (before the first: 0, or what else is known); recent: bin of
+    evidence: bin of what the draft has said of its tokens so far (before the first: 0, or what else is known); recent: bin of
     the last round's acceptance rate; position: tokens drafted so far.
     """
 
@@ -64,18 +68,22 @@ class StopModel:
         self.recent_bins = recent_bins
         self.k_max = k_max
         self._cells: dict[int, _Cell] = {}
+        self._visits = [0] * k_max
+        self._accepted = [0] * k_max
 
     def index(self, evidence: int, recent: int, position: int) -> int:
         return state_index(evidence, recent, position, self.recent_bins, self.k_max + 1)
 
     def learn(self, recent: int, evidence: Sequence[int], accepted: int, first: int = 0) -> None:
-        """One round: evidence bin of each drafted token, how many were accepted, and the evidence before the first one."""
+        """One round: evidence bin after each drafted token, how many were accepted, and the evidence before the first one."""
         before = first
         for position, after in enumerate(evidence[: self.k_max]):
             index = self.index(before, recent, position)
-            cell = self._cells.setdefault(index, _Cell(0, 0.0, [0] * self.evidence_bins))
+            cell = self._cells.setdefault(index, _Cell(0, 0, [0] * self.evidence_bins))
             cell.visits += 1
             cell.accepted += accepted > position
+            self._visits[position] += 1
+            self._accepted[position] += accepted > position
             cell.nexts[after] += 1
             before = after
 
@@ -84,7 +92,7 @@ class StopModel:
         own = self._cells.get(self.index(evidence, recent, position))
         if own is not None and own.visits >= MIN_VISITS:
             return own
-        pooled = _Cell(0, 0.0, [0] * self.evidence_bins)
+        pooled = _Cell(0, 0, [0] * self.evidence_bins)
         for near in range(max(evidence - 1, 0), min(evidence + 2, self.evidence_bins)):
             cell = self._cells.get(self.index(near, recent, position))
             if cell is not None:
@@ -102,12 +110,13 @@ class StopModel:
         worth = [0.0] * (self.evidence_bins * self.recent_bins * (self.k_max + 1))
         for position in range(self.k_max - 1, -1, -1):
             cost = price * marginal_seconds[position]
+            prior = PRIOR_VISITS * self._accepted[position] / max(self._visits[position], 1)
             for recent in range(self.recent_bins):
                 later = [max(worth[self.index(e, recent, position + 1)], 0.0) for e in range(self.evidence_bins)]
                 for evidence in range(self.evidence_bins):
                     cell = self._pooled(evidence, recent, position)
                     if cell.visits:
-                        chance = (cell.accepted + 1) / (cell.visits + 2)
+                        chance = (cell.accepted + prior) / (cell.visits + PRIOR_VISITS)
                         future = sum(n * v for n, v in zip(cell.nexts, later, strict=True)) / cell.visits
                         worth[self.index(evidence, recent, position)] = chance - cost + future
         return worth
@@ -155,6 +164,7 @@ class Mdp(StopRule):
         self._random = random.Random(options.seed)
         self._recent: dict[int, int] = {}
         self._exploring: set[int] = set()
+        self._entropy: dict[int, float] = {}
         self._seconds: list[float] = []
 
     def _recent_bin(self, request_id: int) -> int:
@@ -172,6 +182,7 @@ class Mdp(StopRule):
             return Plan(None, 0, "nothing to draft")
         self._seconds = self._costs.seconds(context, outlook.drafter)
         self._exploring.discard(request_id)
+        self._entropy[request_id] = 0.0
         explores = self._worth is None or self._random.random() < self.options.explore
         if explores:
             self._exploring.add(request_id)
@@ -181,15 +192,20 @@ class Mdp(StopRule):
     def go_on(self, request_id: int, features: DraftFeatures) -> bool:
         if features.position >= self.k_max:
             return False
-        return self._pays(request_id, bin_of(features.entropy, ENTROPY_TOP, self.options.entropy_bins), features.position)
+        total = self._entropy.get(request_id, 0.0) + features.entropy
+        self._entropy[request_id] = total
+        return self._pays(request_id, self._bin(total), features.position)
+
+    def _bin(self, entropy: float) -> int:
+        return bin_of(entropy, ENTROPY_TOP, self.options.entropy_bins)
 
     def observe(self, record: StepRecord) -> None:
         features = self.seen(record)
         self.price.add(record)
         if record.num_drafted == 0 or record.truncated:
             return
-        bins = [bin_of(f.entropy, ENTROPY_TOP, self.options.entropy_bins) for f in features]
-        bins += [0] * (record.num_drafted - len(bins))
+        entropies = [f.entropy for f in features] + [0.0] * (record.num_drafted - len(features))
+        bins = [self._bin(total) for total in accumulate(entropies)]
         self.model.learn(self._recent_bin(record.request_id), bins, record.num_accepted)
         rate = record.num_accepted / record.num_drafted
         self._recent[record.request_id] = bin_of(rate, 1.0, self.options.recent_bins)
@@ -202,4 +218,5 @@ class Mdp(StopRule):
     def finish(self, request_id: int) -> None:
         super().finish(request_id)
         self._recent.pop(request_id, None)
+        self._entropy.pop(request_id, None)
         self._exploring.discard(request_id)

@@ -15,7 +15,7 @@ from paceline.control.acceptance import AcceptanceModel, observed_labels, signal
 from paceline.control.arbiter import Arbiter
 from paceline.control.bank import TimeBank
 from paceline.control.base import Controller, RoundContext
-from paceline.control.confidence import Bin, ConfidenceModel
+from paceline.control.confidence import ConfidenceModel
 from paceline.control.pricing import LearnedCosts, best_net, best_ratio, rows_bucket, worth_another
 from paceline.control.probing import ProbeSchedule
 from paceline.costs import CostTable
@@ -68,11 +68,12 @@ class _Offer:
 
 
 @dataclass(slots=True)
-class _Stop:
-    """What `keep_drafting` needs of the running round."""
+class _Running:
+    """A request's speculative round, from its plan to its record."""
 
     offer: _Offer
     price: float
+    """Tokens a second that the stop rule asks for; 0: draft all that was planned."""
     survival: float = 1.0
 
 
@@ -112,8 +113,8 @@ class Pacer(Controller):
         self._bank = TimeBank(options.eps, options.start, options.cap)
         self._probes = ProbeSchedule()
         self._arbiters: dict[tuple[str, int], Arbiter] = {}
-        self._stops: dict[int, _Stop] = {}
-        self._catch_up: dict[int, int] = {}
+        self._running: dict[int, _Running] = {}
+        self._asking: set[str] = set()
         self._tokens = 0
         self._batch_speed = 1.0
         self._rounds_since_hiccup = _HICCUP_ROUNDS
@@ -145,41 +146,51 @@ class Pacer(Controller):
         return Plan(None, 0, self._why_plain(best, plain), 1.0, plain)
 
     def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
-        stop = self._stops.get(request_id)
-        if stop is None:
+        running = self._running.get(request_id)
+        if running is None:
             return True
-        offer = stop.offer
-        model = self._confidence[offer.outlook.drafter]
-        stop.survival *= model.chance(features.position, features.max_prob)
-        return worth_another(stop.survival, features.position, offer.rates, offer.seconds, stop.price)
+        offer = running.offer
+        drafter = offer.outlook.drafter
+        if running.price == 0.0:
+            self._asking.add(drafter)
+            return True
+        running.survival *= self._confidence[drafter].chance(features.position, features.max_prob)
+        return worth_another(running.survival, features.position, offer.rates, offer.seconds, running.price)
 
     def observe(self, record: StepRecord) -> None:
         batch = record.batch_size
         plain = self._plain_seconds(record.context_length, batch)
         rows = record.batch_rows or record.num_drafted + 1
         seconds = record.round_seconds or record.verify_seconds + record.draft_seconds
-        speculative = record.drafter is not None or rows > batch
         self._tokens += record.num_emitted
+        running = self._running.pop(record.request_id, None)
+        lag = running.offer.outlook.catch_up if running is not None else 0
+        speculative = record.drafter is not None or rows > batch
         if speculative:
             self._rounds_since_hiccup += 1
-            self._bank.settle(plain / batch, record.num_emitted, self._charge(record, rows, seconds) / batch)
+            self._bank.settle(plain / batch, record.num_emitted, self._charge(record, rows, seconds, lag) / batch)
         else:
-            self._bank.settle_plain(plain / batch, record.num_emitted)
+            # Looking for drafts and deciding against them is speculation's own cost.
+            looking = record.draft_seconds + record.control_seconds
+            self._bank.settle_plain(plain / batch, record.num_emitted, looking)
+            seconds -= looking
         if record.drafter is not None:
             self._learn_acceptance(record, seconds)
-        if record.warmup:
-            return
-        self._learn_costs(record, rows, seconds, speculative)
-        self._arbiter(record.task, batch).observe(plain / batch, record.num_emitted, seconds / batch, speculative)
+        if not record.warmup:
+            self._learn_costs(record, rows, seconds, speculative, lag)
+            self._arbiter(record.task, batch).observe(plain / batch, record.num_emitted, seconds / batch, speculative)
 
     def finish(self, request_id: int) -> None:
         self._acceptance.forget(request_id)
-        self._catch_up.pop(request_id, None)
-        self._stops.pop(request_id, None)
+        self._running.pop(request_id, None)
 
-    def reliability(self) -> dict[str, list[Bin]]:
-        """Predicted against observed acceptance of each drafter that states its confidence."""
-        return {drafter: model.reliability() for drafter, model in self._confidence.items()}
+    def calibration(self) -> list[dict[str, Any]]:
+        """Reliability diagrams as rows: predicted and observed acceptance of each drafter that states its confidence."""
+        return [
+            {"drafter": drafter, "predicted": round(b.predicted, 3), "accepted": round(b.accepted, 3), "labels": b.labels}
+            for drafter, model in self._confidence.items()
+            for b in model.reliability()
+        ]
 
     def snapshot(self) -> dict[str, Any]:
         """What was learnt about acceptance, as plain data for a stored profile."""
@@ -199,7 +210,7 @@ class Pacer(Controller):
 
     def _plain_seconds(self, context: int, batch: int) -> float:
         plain = self._costs.plain(context, batch)
-        if self._bank.slack < 0.0 and self._tokens == 0:
+        if not self._bank.is_open:
             self._bank.open(plain)
         return plain
 
@@ -215,12 +226,13 @@ class Pacer(Controller):
         bucket = signal_bucket(outlook.signal)
         rates = self._acceptance.rates(context.request_id, context.task, outlook.drafter, bucket, limit)
         curve = self._costs.learnt(_base_rows(context), limit, context.context_length)
-        line = self._costs.line(outlook.drafter)
+        line, rest = self._costs.line(outlook.drafter), self._costs.rest
         lag = outlook.catch_up
         if lag > _DUE_CATCH_UP:
             # A long lag is paid once for a stay of many rounds (7.8).
             lag = _DUE_CATCH_UP + (lag - _DUE_CATCH_UP) // _STAY
-        once, each = line.seconds(0, lag) + self._costs.overhead, line.per_token
+        once = line.fixed + rest.fixed + (self._costs.catch_up(outlook.drafter, lag) if lag else 0.0)
+        each = line.per_token + rest.per_token
         seconds = [once + each * k + curve[k] for k in range(limit + 1)]
         if _alone(context):
             num_draft, emitted = best_ratio(rates, seconds)
@@ -250,39 +262,36 @@ class Pacer(Controller):
     def _grant(self, context: RoundContext, offer: _Offer, plain: float, num_draft: int, *, probe: bool) -> Plan:
         """Let the bank shorten or refuse the draft, and write the plan."""
         drafter, request_id = offer.outlook.drafter, context.request_id
-        model = self._confidence.get(drafter)
-        stops = model is not None and model.labels >= _CALIBRATED and not probe
+        stops = drafter in self._asking and not probe and self._confidence[drafter].labels >= _CALIBRATED
         num_draft = self._affordable(context, offer, plain, len(offer.rates) if stops else num_draft)
         if num_draft == 0:
             return Plan(None, 0, "plain: bank, earlier losses come first", 1.0, plain)
-        emitted, survival = 1.0, 1.0
         expected = min(num_draft, offer.num_draft)
+        emitted = survival = 1.0
         for rate in offer.rates[:expected]:
             survival *= rate
             emitted += survival
         seconds = offer.seconds[expected]
+        price = 0.0
         if stops:
             price = max(offer.merit, 1.0) / plain if _alone(context) else self._batch_price(context, plain)
-            self._stops[request_id] = _Stop(offer, price)
-        else:
-            self._stops.pop(request_id, None)
-        self._catch_up[request_id] = offer.outlook.catch_up
+        self._running[request_id] = _Running(offer, price)
         return Plan(drafter, num_draft, self._why_draft(num_draft, emitted, seconds / plain, probe), emitted, seconds, probe)
 
     def _affordable(self, context: RoundContext, offer: _Offer, plain: float, wanted: int) -> int:
         """The longest draft, up to the wanted one, whose worst loss the bank grants; 0 if there is none."""
-        table = self._costs.measured(_base_rows(context), wanted, context.context_length)
+        costs, outlook = self._costs, offer.outlook
+        table = costs.measured(_base_rows(context), wanted, context.context_length)
         free = plain if _alone(context) else table[0]
-        line = self._costs.line(offer.outlook.drafter)
-        margin = 1.0 + 2.0 * self._costs.deviation
+        line, catch_up = costs.line(outlook.drafter), costs.catch_up(outlook.drafter, outlook.catch_up)
+        margin = 1.0 + 2.0 * costs.deviation
         for k in range(wanted, 0, -1):
-            draft = line.seconds(k, offer.outlook.catch_up) + self._costs.overhead
-            worst = max(margin * offer.seconds[k], table[k] + draft)
+            worst = max(margin * offer.seconds[k], table[k] + line.worst(k) + costs.rest.worst(k)) + catch_up
             if self._bank.grant(max(0.0, worst - free)):
                 return k
         return 0
 
-    def _charge(self, record: StepRecord, rows: int, seconds: float) -> float:
+    def _charge(self, record: StepRecord, rows: int, seconds: float, lag: int) -> float:
         """The seconds of a speculative round that the bank is charged with.
 
         Now and then a round is interrupted (another process, a page fault), and plain decoding would have been as well: one
@@ -290,16 +299,16 @@ class Pacer(Controller):
         """
         worst = max(self._costs.measured(rows, 0, record.context_length)[0], record.expected_seconds)
         if record.drafter is not None:
-            worst += self._costs.line(record.drafter).seconds(record.num_drafted, self._catch_up.get(record.request_id, 0))
-        worst = _HICCUP * (worst + self._costs.overhead)
+            line, drafted = self._costs.line(record.drafter), record.num_drafted
+            worst += line.worst(drafted) + self._costs.catch_up(record.drafter, lag)
+        worst = _HICCUP * (worst + self._costs.rest.worst(record.num_drafted))
         if seconds <= worst:
             return seconds
-        if record.warmup:
-            return worst
-        if self._rounds_since_hiccup < _HICCUP_ROUNDS * record.batch_size and self._rounds_since_hiccup > record.batch_size:
-            return seconds
-        if self._rounds_since_hiccup > record.batch_size:
-            self._rounds_since_hiccup = 0
+        if not record.warmup:
+            if record.batch_size < self._rounds_since_hiccup < _HICCUP_ROUNDS * record.batch_size:
+                return seconds
+            if self._rounds_since_hiccup > record.batch_size:
+                self._rounds_since_hiccup = 0
         return worst
 
     def _learn_acceptance(self, record: StepRecord, seconds: float) -> None:
@@ -317,21 +326,21 @@ class Pacer(Controller):
         elif labels:
             self._probes.probed(key, self._tokens, accepted=record.num_accepted > 0)
 
-    def _learn_costs(self, record: StepRecord, rows: int, seconds: float, speculative: bool) -> None:
-        batch, costs = record.batch_size, self._costs
+    def _learn_costs(self, record: StepRecord, rows: int, seconds: float, speculative: bool, lag: int) -> None:
+        batch, costs, context = record.batch_size, self._costs, record.context_length
         if not speculative:
-            costs.learn_plain(record.context_length, batch, seconds, record.verify_seconds)
+            costs.learn_plain(context, batch, seconds, record.verify_seconds)
             return
-        rest = seconds - record.verify_seconds - record.draft_seconds
-        costs.learn_round(record.context_length, rows, batch, record.verify_seconds, rest if batch == 1 else costs.overhead)
+        costs.learn_round(context, rows, batch, record.verify_seconds)
         if record.drafter is not None:
-            lag = self._catch_up.get(record.request_id, 0)
-            costs.line(record.drafter).learn(record.num_drafted, record.draft_seconds, lag)
-        if batch == 1 and record.expected_seconds > 0.0 and record.num_drafted == record.num_planned:
-            costs.learn_deviation(record.expected_seconds, seconds)
-        elif batch > 1 and seconds > 0.0:
+            costs.line(record.drafter).learn(record.num_drafted, record.draft_seconds - costs.catch_up(record.drafter, lag))
+        if batch == 1:
+            costs.rest.learn(record.num_drafted, seconds - record.verify_seconds - record.draft_seconds)
+            if record.expected_seconds > 0.0 and record.num_drafted == record.num_planned:
+                costs.learn_deviation(record.expected_seconds, seconds)
+        elif seconds > 0.0:
             emitted = record.batch_emitted or record.num_emitted * batch
-            speed = emitted * costs.plain(record.context_length, batch) / (batch * seconds)
+            speed = emitted * costs.plain(context, batch) / (batch * seconds)
             self._batch_speed += 0.05 / batch * (min(speed, 2.0 * self._batch_speed) - self._batch_speed)
 
     def _why_plain(self, offer: _Offer, plain: float) -> str:

@@ -109,28 +109,29 @@ class MedianFactor:
         self.value = sorted(last)[len(last) // 2]
 
 
-class DraftLine:
-    """Draft time of a round as `fixed + per_token * drafted`, by discounted least squares that starts from the table."""
+class Line:
+    """Seconds of a part of a round as `fixed + per_token * drafted`: discounted least squares from a first guess.
 
-    __slots__ = ("_n", "_nn", "_nt", "_t", "_w", "fixed", "per_catch_up", "per_token")
+    fixed, per_token: the guess; weight: rounds that it counts for (0: replaced by the first round seen).
+    """
 
-    def __init__(self, costs: CostTable, drafter: str) -> None:
+    __slots__ = ("_n", "_nn", "_nt", "_t", "_w", "_worst", "fixed", "per_token")
+
+    def __init__(self, fixed: float, per_token: float, weight: float) -> None:
+        self.fixed, self.per_token = fixed, per_token
+        self._worst = (fixed, per_token)
         self._w = self._n = self._nn = self._t = self._nt = 0.0
-        known = costs.drafters.get(drafter)
-        self.fixed = known.fixed if known else 0.0
-        self.per_token = known.per_token if known else 0.0
-        self.per_catch_up = known.per_catch_up if known else 0.0
-        if known:
+        if weight > 0.0:
             for tokens in (1, 8):
-                self._add(tokens, known.fixed + known.per_token * tokens, 2.0)
+                self._add(tokens, fixed + per_token * tokens, weight / 2.0)
 
-    def seconds(self, tokens: int, catch_up: float) -> float:
-        """Predicted drafting time of a round."""
-        return self.fixed + self.per_token * tokens + self.per_catch_up * catch_up
+    def worst(self, tokens: int) -> float:
+        """The larger of what was guessed and what was learnt."""
+        fixed, per_token = self._worst
+        return max(fixed + per_token * tokens, self.fixed + self.per_token * tokens)
 
-    def learn(self, tokens: int, seconds: float, catch_up: float) -> None:
-        """Count a round's drafting time."""
-        seconds = max(0.0, seconds - self.per_catch_up * catch_up)
+    def learn(self, tokens: int, seconds: float) -> None:
+        """Count a round."""
         if self._w > 8.0:
             # Settled: one outlier must not bend the line.
             seconds = min(seconds, _OUTLIER * (self.fixed + self.per_token * tokens) + 1e-5)
@@ -140,12 +141,10 @@ class DraftLine:
         self._nn *= keep
         self._t *= keep
         self._nt *= keep
-        self._add(tokens, seconds, 1.0)
+        self._add(tokens, max(0.0, seconds), 1.0)
         spread = self._w * self._nn - self._n * self._n
         if spread > 1e-6 * self._w * self._nn:
             self.per_token = max(0.0, (self._w * self._nt - self._n * self._t) / spread)
-        elif self._n > 0.0 and self.per_token == 0.0:
-            self.per_token = self._t / self._n
         self.fixed = max(0.0, (self._t - self.per_token * self._n) / self._w)
 
     def _add(self, tokens: int, seconds: float, weight: float) -> None:
@@ -167,19 +166,25 @@ class LearnedCosts:
         self._factors = [Factor() for _ in range(_NUM_BUCKETS)]
         self._shared = Factor()
         self._plain = [MedianFactor() for _ in range(_NUM_BUCKETS)]
-        self._lines: dict[str, DraftLine] = {}
+        self._lines: dict[str, Line] = {}
         self._age = 0
-        self.overhead = table.round_overhead
-        """Seconds of a speculative round outside forward and drafting."""
+        self.rest = Line(table.round_overhead, 0.0, 4.0)
+        """A speculative round outside forward and drafting: sampling, committing, the host's own work."""
         self.deviation = 0.1
         """Mean relative deviation of speculative rounds from their predicted time."""
 
-    def line(self, drafter: str) -> DraftLine:
-        """The drafting costs of a drafter; one that the table does not know is free until it was seen."""
+    def line(self, drafter: str) -> Line:
+        """A drafter's own time, without catching up; one that the table does not know is free until it was seen."""
         line = self._lines.get(drafter)
         if line is None:
-            line = self._lines[drafter] = DraftLine(self._table, drafter)
+            known = self._table.drafters.get(drafter)
+            line = self._lines[drafter] = Line(known.fixed, known.per_token, 4.0) if known else Line(0.0, 0.0, 0.0)
         return line
+
+    def catch_up(self, drafter: str, lag: int) -> float:
+        """Seconds to feed a draft the committed tokens that its cache lacks."""
+        known = self._table.drafters.get(drafter)
+        return known.per_catch_up * lag if known else 0.0
 
     def plain(self, context: int, batch: int = 1) -> float:
         """A whole plain round. Corrected by plain rounds only: the bound of the time bank rests on it."""
@@ -216,19 +221,19 @@ class LearnedCosts:
         return curve
 
     def learn_plain(self, context: int, batch: int, round_seconds: float, verify_seconds: float) -> None:
-        """Count a plain round (one of the `batch` records of a batched one)."""
+        """Count a plain round (one of the `batch` records of a batched one), without what looking for drafts took."""
         raw = self.measured(batch, 0, context)[0]
         if raw > 0.0:
             self._plain[rows_bucket(batch)].update(round_seconds / raw, 1.0 / batch)
             self._learn_verify(batch, raw, verify_seconds, batch)
+        if batch == 1:
+            self.rest.learn(0, round_seconds - verify_seconds)
 
-    def learn_round(self, context: int, rows: int, batch: int, verify_seconds: float, rest: float) -> None:
-        """Count a speculative round (one of the `batch` records of a batched one); rest: neither forward nor drafting."""
+    def learn_round(self, context: int, rows: int, batch: int, verify_seconds: float) -> None:
+        """Count the forward of a speculative round (one of the `batch` records of a batched one)."""
         raw = self.measured(rows, 0, context)[0]
         if raw > 0.0:
             self._learn_verify(rows, raw, verify_seconds, batch)
-            rest = min(max(0.0, rest), max(_OUTLIER * self.overhead, 0.05 * raw))
-            self.overhead += _SLOWEST_RATE / batch * (rest - self.overhead)
 
     def learn_deviation(self, expected: float, seconds: float) -> None:
         """Count how far a speculative round was from its predicted time."""

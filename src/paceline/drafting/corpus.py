@@ -30,8 +30,9 @@ _FORMAT = 1
 def build_corpus(files: Sequence[Path], tokenizer: Tokenizer, out: Path) -> int:
     """Tokenise text files and write a corpus folder; returns its number of tokens.
 
-    A `.jsonl` file holds one document a line, in the field `text`; any other file is one document of UTF-8 text. An existing corpus at
-    `out` is replaced once the new one is complete. Raises OptionError for unreadable input and for an `out` that is something else.
+    A `.jsonl` file holds one document a line, in the field `text`; any other file is one document of UTF-8 text. An existing corpus
+    at `out` is replaced once the new one is complete. Raises OptionError for unreadable or empty input, and for an `out` that is
+    something else.
     """
     return write_corpus((tokenizer.encode(text, add_special=False) for file in files for text in _documents(file)), out)
 
@@ -56,6 +57,8 @@ def write_corpus(documents: Iterable[Sequence[int]], out: Path) -> int:
         tokens.extend(document)
         tokens.append(BREAK)
     values = np.frombuffer(tokens, dtype=np.int32) if tokens else np.zeros(0, dtype=np.int32)
+    if not (values != BREAK).any():
+        raise OptionError("corpus: the files hold no text; name files with text")
     summary = {"format": _FORMAT, "num_tokens": len(values), "largest_id": int(values.max(initial=BREAK))}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +89,8 @@ def context_order(tokens: np.ndarray) -> np.ndarray:
         _, rank = np.unique(rank * span + farther, return_inverse=True)
         width *= 2
     order = np.argsort(rank, kind="stable")
-    return order[(tokens[order] != BREAK) & (order > 0)]
+    kept: np.ndarray = order[(tokens[order] != BREAK) & (order > 0)]
+    return kept
 
 
 class Corpus:

@@ -8,20 +8,22 @@ pending token when it is next asked to draft.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import torch
 
 from paceline.config import SamplingParams
 from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec, DraftSession, KeepDrafting, SequenceView
 from paceline.drafting.choice import TokenChooser
-from paceline.drafting.options import number
+from paceline.drafting.options import number, whole
+from paceline.drafting.tree_search import Children, Growth, expand_and_rerank, opt_tree
 from paceline.errors import OptionError
 from paceline.execution.base import Segment, prefill
 from paceline.records import Draft, Outlook
 
 if TYPE_CHECKING:
-    import torch
-
     from paceline.execution.base import Runner, SequenceHandle
 
 _CHUNK = 512
@@ -38,34 +40,55 @@ class ModelOptions:
     Lossless at any value: tokens are verified against the distribution that they were drawn from.
     """
 
+    tree_width: int = 4
+    """Tree form: children of a node, and nodes that are expanded in a level."""
+    tree_levels: int = 6
+    """Tree form: most passes of the draft in a round."""
+    tree_gain: float = 0.0
+    """Tree form: 0 grows as EAGLE-2 does; above 0 as OPT-Tree, while a level adds this many expected tokens (try 0.3)."""
+
     def __post_init__(self) -> None:
         if self.temperature is not None:
             number("temperature", self.temperature, 0.0, 100.0)
+        whole("tree_width", self.tree_width, 1, 16)
+        whole("tree_levels", self.tree_levels, 1, 32)
+        number("tree_gain", self.tree_gain, 0.0, 63.0)
 
 
 class ModelDrafter(Drafter):
-    """Drafts with a second model. Greedy requests: its most probable tokens (point-mass); else drawn from its distribution."""
+    """Drafts with a second model. Greedy requests: its most probable tokens (point-mass); else drawn from its distribution.
+
+    In tree form its most probable continuations, chosen and not drawn at any temperature.
+    """
 
     options_type = ModelOptions
     samples = True
 
     def __init__(
-        self, runner: Runner, name: str = "model", *, options: ModelOptions | None = None, vocab_size: int | None = None
+        self,
+        runner: Runner,
+        name: str = "model",
+        *,
+        options: ModelOptions | None = None,
+        vocab_size: int | None = None,
+        tree: bool = False,
     ) -> None:
         """vocab_size: rows of the target's logits; None: the draft's own. A padded draft vocabulary is cut to it."""
         self.runner = runner
         self.name = name
         self.options = options or ModelOptions()
         self.vocab_size = vocab_size or runner.info.vocab_size
+        self.tree = tree
 
     @classmethod
     def build(cls, spec: DrafterSpec, options: ModelOptions, context: DrafterContext) -> ModelDrafter:
         if context.open_model is None:
             raise OptionError(f"draft = '{spec}': a second model cannot be loaded here; use a drafter without a model")
-        return cls(context.open_model(spec.argument), str(spec), options=options, vocab_size=context.vocab_size)
+        runner = context.open_model(spec.argument)
+        return cls(runner, str(spec), options=options, vocab_size=context.vocab_size, tree=spec.tree)
 
     def open(self, view: SequenceView) -> ModelSession:
-        return ModelSession(self, view)
+        return ModelTreeSession(self, view) if self.tree else ModelSession(self, view)
 
     def sampling_of(self, sampling: SamplingParams) -> SamplingParams:
         """How draft tokens are chosen for a request with this sampling."""
@@ -113,15 +136,17 @@ class ModelSession(DraftSession):
 
     def outlook(self, max_tokens: int) -> Outlook:
         self._synchronise()
-        length = len(self._view.tokens)
-        room = self._runner.info.max_context - length + 1
-        available = max(0, min(max_tokens, room))
-        return Outlook(self._drafter.name, available, catch_up=length - 1 - self._agreed if available else 0)
+        available = max(0, min(max_tokens, self._room()))
+        missing = len(self._view.tokens) - 1 - self._agreed
+        return Outlook(self._drafter.name, available, catch_up=missing if available else 0)
+
+    def _room(self) -> int:
+        """Tokens that fit into the draft's context; the last drafted token is never fed."""
+        return self._runner.info.max_context - len(self._view.tokens) + 1
 
     def propose(self, num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
         self._synchronise()
-        room = self._runner.info.max_context - len(self._view.tokens) + 1
-        num_tokens = min(num_tokens, room)
+        num_tokens = min(num_tokens, self._room())
         if num_tokens < 1:
             return Draft((), drafter=self._drafter.name)
         feed = self._catch_up()
@@ -157,3 +182,47 @@ class ModelSession(DraftSession):
 
     def close(self) -> None:
         self._runner.close(self._cache)
+
+
+class ModelTreeSession(ModelSession):
+    """Drafts a tree of the most probable continuations (EAGLE-2's or OPT-Tree's growth with a whole model as the head).
+
+    A level is one forward over the tree so far, behind the committed tokens; none of its rows is kept, accepted tokens are fed with
+    the next pending token.
+    """
+
+    def propose(self, num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
+        self._synchronise()
+        options, ends = self._drafter.options, self._view.end_ids
+        levels = min(options.tree_levels, num_tokens, self._room())
+        if levels < 1:
+            return Draft((), drafter=self._drafter.name)
+        pending = self._forward(self._catch_up())
+        inner: list[int] = []
+
+        def expand(growth: Growth, frontier: Sequence[int]) -> list[Children]:
+            rows = [pending] if frontier == [-1] else self._level(growth, inner, frontier)
+            return [self._children(row, growth.path(node)) for node, row in zip(frontier, rows, strict=True)]
+
+        if options.tree_gain:
+            growth = opt_tree(
+                expand, num_tokens, width=options.tree_width, levels=levels, least_gain=options.tree_gain, end_ids=ends
+            )
+        else:
+            growth = expand_and_rerank(expand, num_tokens, width=options.tree_width, levels=levels, end_ids=ends)
+        return growth.draft(num_tokens, self._drafter.name)
+
+    def _level(self, growth: Growth, inner: list[int], frontier: Sequence[int]) -> list[torch.Tensor]:
+        """Logits of the frontier's nodes. inner: nodes of earlier levels that were fed, in order; the frontier is added."""
+        inner += frontier
+        place = {-1: -1} | {node: i for i, node in enumerate(inner)}
+        tokens = [growth.tokens[node] for node in inner]
+        parents = [place[growth.parents[node]] for node in inner]
+        segment = Segment(self._cache, tokens, parents, num_logits=len(frontier))
+        return list(self._runner.forward([segment]).logits)
+
+    def _children(self, logits: torch.Tensor, path: list[int]) -> Children:
+        probs = self._chooser.probs(self._chooser.processed(logits, path))
+        best = torch.topk(probs, min(self._drafter.options.tree_width, probs.numel()))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [(token, prob) for token, prob in pairs if prob > 0.0]

@@ -98,7 +98,9 @@ class RecyclingSession(DraftSession):
 
     def _follow_chain(self, num_tokens: int) -> Draft:
         matrix, sureness = self._drafter.successors, self._drafter.sureness
-        token, chain, confidences = self._view.tokens[-1], [], []
+        token = self._view.tokens[-1]
+        chain: list[int] = []
+        confidences: list[float] = []
         while len(chain) < num_tokens and token < len(matrix) and token not in self._view.end_ids:
             follower = matrix.item(token, 0)
             if follower == _UNKNOWN:

@@ -66,6 +66,13 @@ TABLE: dict[str, Entry] = {
         needs="a second model",
         argument="PATH",
         samples=True,
+        tree=True,
+    ),
+    "merged": Entry(
+        f"{_PACKAGE}.merged:MergedDrafter",
+        "one tree of what several model-free drafters propose, for example merged:suffix|token_recycling",
+        argument="NAME|NAME",
+        tree=True,
     ),
 }
 AUTO = ("ngram",)

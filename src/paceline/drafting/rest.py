@@ -24,7 +24,7 @@ class RestOptions:
     min_match: int = 2
     """Shortest context that may propose (1 to 16)."""
     max_tokens: int = 10
-    """Longest continuation that is read."""
+    """Longest chain."""
     min_prob: float = 0.05
     """Least share of the places that a proposed path needs."""
     max_places: int = 64

@@ -59,6 +59,5 @@ def row_tokens(
     if verdict is None:
         emitted = min(num_rows, len(tokens) - old_length)
         return [(row, tokens[old_length - 1 + row]) for row in range(emitted)]
-    rows = [*(i for i in range(len(drafted)) if i not in verdict.path), *verdict.path]
-    found = [(i + 1, drafted[i]) for i in rows if i + 1 < num_rows]
-    return [(0, tokens[old_length - 1]), *found]
+    nodes = [*(i for i in range(len(drafted)) if i not in verdict.path), -1, *verdict.path]
+    return [(i + 1, drafted[i] if i >= 0 else tokens[old_length - 1]) for i in nodes if i + 1 < num_rows]

@@ -3,8 +3,8 @@
 For every n-gram that was verified, the ten most probable next tokens and their probabilities are kept and averaged over visits.
 A draft looks up the longest n-gram at its end. Greedy requests take the most probable token; sampled ones draw from the stored
 distribution, which is known, so that they can be verified by a ratio test. Needs the target's rows of each round: about 0.1 ms a
-row to learn. Deviations: the distribution is what is stored, renormalised after temperature and filters, and children of a node are drawn one
-after another without replacement (the law of Gumbel-top-k).
+row to learn. Deviations: the distribution is what is stored, renormalised after temperature and filters, and children of a node
+are drawn one after another without replacement (the law of Gumbel-top-k).
 """
 
 from __future__ import annotations

@@ -79,15 +79,18 @@ def expand_and_rerank(expand: Expand, num_tokens: int, *, width: int, levels: in
     return growth
 
 
-def opt_tree(expand: Expand, num_tokens: int, *, levels: int, least_gain: float, end_ids: Collection[int] = ()) -> Growth:
+def opt_tree(
+    expand: Expand, num_tokens: int, *, width: int, levels: int, least_gain: float, end_ids: Collection[int] = ()
+) -> Growth:
     """OPT-Tree (2406.17276, algorithm 1): the tree of `num_tokens` nodes with the largest sum of path probabilities.
 
-    Goes one level deeper while the last one raised that sum by at least `least_gain` tokens, which is what a level must pay.
+    width: children of a node that are looked at (the paper: `num_tokens`). Goes one level deeper while the last one raised that sum
+    by at least `least_gain` tokens, which is what a level must pay.
     """
     growth = Growth()
     frontier, before = [-1], 0.0
     for _ in range(levels):
-        new = growth.expand(frontier, expand, num_tokens)
+        new = growth.expand(frontier, expand, width)
         total = sum(heapq.nlargest(num_tokens, growth.scores))
         frontier = [i for i in new if growth.tokens[i] not in end_ids]
         frontier = sorted(sorted(frontier, key=lambda i: -growth.scores[i])[:num_tokens])

@@ -1,6 +1,6 @@
 """Draft trees as data: shapes by rank, ordering, merging. Nodes exclude the root (the pending token), parents come first.
 
-Node i of a tree has parent `parents[i] < i`, or -1 for a child of the root. Numbering (ours): the most probable path comes first,
+Node i of a tree has parent `parents[i] < i`, or -1 for a child of the root. Numbering (ours): the most probable child first,
 so that after acceptance the kept rows are usually 0, 1, 2, ... and no cache entry has to move.
 """
 
@@ -13,6 +13,10 @@ from paceline.records import Draft
 
 RankPath = tuple[int, ...]
 """A node by the ranks of its ancestors and itself: (0, 1) is the second-best child of the best child of the root."""
+
+
+_UNRATED = 0.7
+"""Conditional estimate for tokens whose drafter gives none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +67,20 @@ def top_nodes(scores: Sequence[float], count: int) -> list[int]:
 
 
 def best_path_first(parents: Sequence[int], scores: Sequence[float]) -> list[int]:
-    """An order of the nodes: depth-first, subtrees by their most probable leaf, so that the best leaf's path is 0, 1, 2, ...
+    """An order of the nodes: depth-first, the most probable child first at every node.
 
-    scores: path probabilities. A path's last node counts for it; a longer path wins over its own beginning.
+    scores: path probabilities; ties keep their order.
     """
-    depth = depths(parents)
-    leaf = [(scores[i], depth[i]) for i in range(len(parents))]
     children: dict[int, list[int]] = {}
-    for i in reversed(range(len(parents))):
-        below = [leaf[child] for child in children.get(i, ())]
-        leaf[i] = max(below) if below else leaf[i]
-        children.setdefault(parents[i], []).append(i)
+    for node, parent in enumerate(parents):
+        children.setdefault(parent, []).append(node)
     order: list[int] = []
-    stack = sorted(children.get(-1, ()), key=lambda i: leaf[i])
+    stack = [-1]
     while stack:
         node = stack.pop()
-        order.append(node)
-        stack += sorted(children.get(node, ()), key=lambda i: leaf[i])
+        if node >= 0:
+            order.append(node)
+        stack += sorted(children.get(node, ()), key=lambda child: (scores[child], -child))
     return order
 
 
@@ -103,8 +104,8 @@ def select(draft: Draft, nodes: Sequence[int]) -> Draft:
 def merge(drafts: Sequence[Draft], name: str, max_tokens: int) -> Draft:
     """The union of point-mass drafts as one tree (SpecInfer 2305.09781, keyed by parent and token, so branches never collide).
 
-    A node that several drafts propose keeps the largest of their confidences; drafts without confidences count as sure. With more
-    than `max_tokens` nodes the most probable paths stay. Raises ValueError for drawn drafts.
+    A node that several drafts propose keeps the largest of their confidences; drafts without any get one that fits look-ups. With
+    more than `max_tokens` nodes the most probable paths stay. Raises ValueError for drawn drafts.
     """
     tokens: list[int] = []
     parents: list[int] = []
@@ -117,7 +118,7 @@ def merge(drafts: Sequence[Draft], name: str, max_tokens: int) -> Draft:
         place = {-1: -1}
         for i, token in enumerate(draft.tokens):
             key = (place[above[i]], token)
-            confidence = draft.confidences[i] if draft.confidences else 1.0
+            confidence = draft.confidences[i] if draft.confidences else _UNRATED
             if key not in index:
                 index[key] = len(tokens)
                 tokens.append(token)

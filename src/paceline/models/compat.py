@@ -46,7 +46,7 @@ def compare_tokenizers(target: Tokenizer, draft: Tokenizer, draft_name: str = "d
         return Compatibility(
             False,
             shared,
-            f"draft {draft_name!r} has another tokenizer than the target ({sizes}, {percent:.0f} % of its ids are shared): "
+            f"draft {draft_name!r} has another tokenizer than the target ({sizes}, {percent:.0f} % shared): "
             "its ids mean other text; use a draft of the same family, or a drafter that needs no model, such as ngram",
         )
     for text in PROBES:

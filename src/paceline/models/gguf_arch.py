@@ -37,6 +37,10 @@ _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_no
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
+def _silu(_: Metadata, __: dict[str, Any]) -> dict[str, Any]:
+    return {"hidden_act": "silu"}
+
+
 def _gemma3_config(meta: Metadata, config: dict[str, Any]) -> dict[str, Any]:
     layers = config["num_hidden_layers"]
     return {
@@ -60,8 +64,8 @@ class Architecture:
     """llama.cpp stored rows of q and k so that the two halves of a rotary pair are neighbours."""
     norms_plus_one: bool = False
     """Norm weights are stored as 1 + the model definition's weight."""
-    more_config: Callable[[Metadata, dict[str, Any]], dict[str, Any]] | None = None
-    """Entries of config.json that only this family has."""
+    more_config: Callable[[Metadata, dict[str, Any]], dict[str, Any]] = _silu
+    """Entries of config.json that not every family has."""
 
 
 ARCHITECTURES = {
@@ -133,7 +137,6 @@ def hf_config(contents: GGUFContents, architecture: Architecture) -> dict[str, A
             "max_position_embeddings": meta[f"{prefix}.context_length"],
             "rms_norm_eps": float(np.float32(meta[f"{prefix}.attention.layer_norm_rms_epsilon"]).astype(str)),
             "rope_theta": meta.get(f"{prefix}.rope.freq_base", 10000.0),
-            "hidden_act": "silu",
             "attention_bias": "blk.0.attn_q.bias" in contents.tensors,
             "mlp_bias": "blk.0.ffn_up.bias" in contents.tensors,
             "tie_word_embeddings": "output.weight" not in contents.tensors,
@@ -141,8 +144,7 @@ def hf_config(contents: GGUFContents, architecture: Architecture) -> dict[str, A
             "eos_token_id": end_ids[0] if len(end_ids) == 1 else end_ids or None,
             "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
         }
-        if architecture.more_config is not None:
-            config |= architecture.more_config(meta, config)
+        config |= architecture.more_config(meta, config)
     except KeyError as error:
         raise ModelError(f"GGUF metadata lacks {error}; convert the model again with a recent llama.cpp") from error
     if meta.get(f"{prefix}.rope.dimension_count", config["head_dim"]) != config["head_dim"]:

@@ -28,7 +28,7 @@ def open_model(name: str | None = None, *, progress: Callable[[str], None] | Non
     path = Path(name).expanduser()
     if path.is_file():
         return _open_file(path, name, progress)
-    if path.is_dir():
+    if name and path.is_dir():
         return _open_folder(path, name)
     looks_like_a_path = (
         path.is_absolute() or name.startswith(("./", "../", "~")) or path.suffix in (".gguf", ".safetensors", ".bin")

@@ -1,6 +1,6 @@
 """A stop-or-continue policy learnt offline from recorded rounds: how far learning gets on one regime (ours; an experiment).
 
-Fitted Q over a table (confidence bin of the last drawn token, recent acceptance, tokens drafted), solved backwards within a
+Fitted Q over a table (confidence bin: product of the largest probabilities so far, recent acceptance, tokens drafted), solved backwards within a
 round. The price of time is not given but found with the policy: Dinkelbach's iteration evaluates the greedy policy on the
 recorded drafts (long enough to tell what any shorter draft would have got) and sets the price to its tokens a second, until both
 agree. Trained on one draw of a regime and run on another it is an upper-bound experiment, not a controller to ship:
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
 import numpy as np
 
@@ -90,7 +92,8 @@ def _samples(rounds: Sequence[Round]) -> list[_Sample]:
         if record.drafter is None or record.num_drafted == 0 or record.truncated:
             continue
         first = _signal_bin(record.signal)
-        bins = [bin_of(f.max_prob, 1.0, CONFIDENCE_BINS) for f in finished.features] or [first] * record.num_drafted
+        products = accumulate((f.max_prob for f in finished.features), mul)
+        bins = [bin_of(p, 1.0, CONFIDENCE_BINS) for p in products] or [first] * record.num_drafted
         state = recent.get(record.request_id, RECENT_BINS - 1)
         samples.append(_Sample(record.drafter, state, first, bins, record.num_accepted))
         recent[record.request_id] = bin_of(record.num_accepted / record.num_drafted, 1.0, RECENT_BINS)
@@ -153,6 +156,7 @@ class OfflineController(Controller):
         self._recent: dict[int, int] = {}
         self._idle: dict[int, int] = {}
         self._running: dict[int, OfflinePolicy] = {}
+        self._product: dict[int, float] = {}
 
     def _worth(self, policy: OfflinePolicy, request_id: int, evidence: int, position: int) -> float:
         recent = self._recent.get(request_id, RECENT_BINS - 1)
@@ -168,6 +172,7 @@ class OfflineController(Controller):
         worth, outlook = max(offers, key=lambda offer: offer[0], default=(0.0, None))
         if outlook is None or worth <= 0:
             return Plan(None, 0, "policy: plain")
+        self._product[request_id] = 1.0
         policy = self._running[request_id] = self.policies[outlook.drafter]
         length, signal = 1, _signal_bin(outlook.signal)
         limit = min(MAX_DRAFT, context.max_draft, outlook.available)
@@ -176,7 +181,8 @@ class OfflineController(Controller):
         return Plan(outlook.drafter, min(length, limit), f"policy: worth {worth:.2f} tokens")
 
     def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
-        evidence = bin_of(features.max_prob, 1.0, CONFIDENCE_BINS)
+        self._product[request_id] *= features.max_prob
+        evidence = bin_of(self._product[request_id], 1.0, CONFIDENCE_BINS)
         return self._worth(self._running[request_id], request_id, evidence, features.position) > 0
 
     def observe(self, record: StepRecord) -> None:
@@ -190,7 +196,7 @@ class OfflineController(Controller):
             self._recent[request_id] = bin_of(record.num_accepted / record.num_drafted, 1.0, RECENT_BINS)
 
     def finish(self, request_id: int) -> None:
-        for state in (self._recent, self._idle, self._running):
+        for state in (self._recent, self._idle, self._running, self._product):
             state.pop(request_id, None)
 
 

@@ -257,7 +257,7 @@ def with_cliff(curve: CostCurve, rows: int = 5, factor: float = 1.6) -> CostCurv
     return replace(curve, rows=tuple(grid), verify_ms=verify)
 
 
-_LOADS = ((0.0, 1, 1.0), (0.25, 4, 1.0), (0.5, 16, 1.0), (0.75, 1, 1.5))
+_LOADS = ((0.0, 1, 1.0), (0.25, 4, 1.0), (0.5, 8, 1.0), (0.75, 1, 1.5))
 
 
 def make_regimes(curve: CostCurve) -> list[Regime]:
@@ -270,7 +270,7 @@ def make_regimes(curve: CostCurve) -> list[Regime]:
         Regime("decaying", "0.92 at first, less with each drafted token", curve, level(0.92, decay=0.85)),
         Regime("switching", "0.85 and 0.1 in turn, 300 tokens each", curve, switching(0.85, 0.1, 300)),
         Regime("cliff", "0.85, forwards past 5 rows cost 1.6 times more", with_cliff(curve), level(0.85)),
-        Regime("load", "0.8, batch 1, 4, 16, then 1 on a slower machine", curve, level(0.8), _LOADS, request_tokens=64),
+        Regime("load", "0.8, batch 1, 4, 8, then 1 on a slower machine", curve, level(0.8), _LOADS, request_tokens=32),
         Regime("adversarial", "accepts until it is trusted, then nothing", curve, adversarial),
         Regime("bursty", "n-gram: long copied runs, then nothing", curve, bursty),
         Regime("confident", "a model draft that knows when it is right", curve, confident),

@@ -25,7 +25,7 @@ from paceline.control.base import Controller, RoundContext
 from paceline.costs import CostTable
 from paceline.errors import OptionError
 from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
-from paceline.study.environment import command, environment
+from paceline.study.environment import environment
 from paceline.study.regimes import MAX_DRAFT, Regime, Stream, all_regimes, entropy_of, margin_of
 
 FIXED_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -345,10 +345,12 @@ def run_replay(
     controllers: Sequence[str],
     seed: int = 0,
     tokens: int = 2000,
+    command: str = "",
 ) -> dict[str, Any]:
     """The whole table, ready for JSON: `{results: [ReplayRow, ...], environment, command}`.
 
-    regimes: names (see `pick_regimes`) or regimes of one's own. tokens: length of each regime's text.
+    regimes: names (see `pick_regimes`) or regimes of one's own. tokens: length of each regime's text. command: the command line to
+    record with the result.
     Raises OptionError for unknown names and for tokens < 2.
     """
     if tokens < 2:
@@ -357,7 +359,7 @@ def run_replay(
     names = pick_controllers(controllers)
     rows = [row for regime in chosen for row in run_world(draw_world(regime, seed, tokens), names)]
     setting = {"seed": seed, "tokens": tokens, "curves": {r.curve.name: r.curve.to_json() for r in chosen}}
-    return {"results": [asdict(row) for row in rows], "environment": {**environment(), "replay": setting}, "command": command()}
+    return {"results": [asdict(row) for row in rows], "environment": {**environment(), "replay": setting}, "command": command}
 
 
 def plot_replay(results: Sequence[dict[str, Any]], path: str | Path) -> None:

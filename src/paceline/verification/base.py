@@ -30,7 +30,7 @@ class Rule(ABC):
 
         target: processed rows: row 0 belongs to the pending token, row i + 1 to draft token i.
         draft: chain or tree, possibly empty (then the verdict is one token of row 0).
-        random: numbers keyed by (seed, position, purpose): a position draws the same ones whatever was drafted.
+        random: numbers by key; see `CounterRandom` for which position may key what.
         position: absolute position of the first token to be emitted.
         """
 

@@ -28,6 +28,7 @@ def run(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         return engine
 
     monkeypatch.setattr(loading, "load_engine", load)
+    monkeypatch.setattr(loading, "engine_factory", lambda settings, console: lambda speculation: engine)
 
     def call(*arguments: str, stdin: bytes = b"") -> Outcome:
         monkeypatch.setattr(sys, "argv", ["paceline", *arguments])

@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 
 from paceline.config import SamplingParams
-from paceline.drafting.base import DrafterContext, SequenceView
+from paceline.drafting.base import DrafterContext, DraftSession, SequenceView
 from paceline.drafting.model import ModelDrafter, ModelOptions, ModelSession
 from paceline.drafting.registry import create
 from paceline.errors import OptionError
@@ -294,3 +294,46 @@ def test_draft_temperature_changes_the_row_and_zero_removes_it() -> None:
     greedy = ModelDrafter(ToyRunner(language, VOCAB), options=ModelOptions(temperature=0.0)).open(view).propose(4, always)
     assert greedy.draft_probs is None
     assert list(greedy.tokens) == greedy_continuation(language, view.tokens, 4)
+
+
+def tree_session(language: Language, view: SequenceView, **options: float) -> tuple[ToyRunner, DraftSession]:
+    runner = ToyRunner(language, VOCAB)
+    drafter = ModelDrafter(runner, options=ModelOptions(**options), tree=True)  # type: ignore[arg-type]
+    return runner, drafter.open(view)
+
+
+def test_trees_hold_the_most_probable_paths_of_the_model() -> None:
+    language = random_language(VOCAB, order=None, seed=8)
+    view = make_view([1, 2, 3])
+    runner, session = tree_session(language, view, tree_width=3, tree_levels=3)
+    draft = session.propose(8, always)
+    assert draft.parents is not None
+    assert len(draft) == 8
+    assert draft.draft_probs is None
+    assert runner.forwards <= 3
+    paths: list[tuple[int, ...]] = []
+    for i, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
+        before = paths[parent] if parent >= 0 else ()
+        logits = language((1, 2, 3, *before))
+        assert draft.confidences[i] == pytest.approx(np.exp(logits[token]) / np.exp(logits).sum(), rel=1e-4)
+        paths.append((*before, token))
+    greedy = greedy_continuation(language, view.tokens, 1)
+    assert (greedy[0],) in paths
+
+
+def test_tree_rounds_are_caught_up_like_others() -> None:
+    language = random_language(VOCAB, order=None, seed=8)
+    view = make_view([1, 2, 3])
+    _, session = tree_session(language, view)
+    for accepted in (0, 1, 3, 2):
+        fresh = tree_session(language, make_view(view.tokens))[1]
+        assert session.propose(6, always) == fresh.propose(6, always)
+        view.tokens += list(range(accepted + 1))
+        session.observe(None, None)
+
+
+def test_a_level_must_pay_under_opt_tree_growth() -> None:
+    language = random_language(VOCAB, order=1, scale=0.0)  # nothing is likely
+    runner, session = tree_session(language, make_view([1, 2]), tree_gain=0.5, tree_levels=5)
+    session.propose(8, always)
+    assert runner.forwards <= 2

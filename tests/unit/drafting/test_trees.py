@@ -77,7 +77,7 @@ def test_expand_and_rerank_stops_where_nothing_can_enter_the_tree() -> None:
 def test_nothing_is_grown_below_end_tokens() -> None:
     growth = expand_and_rerank(toy_expand, 8, width=2, levels=4, end_ids={ord("b")})
     assert not any(word.startswith("b") and len(word) > 1 for word in words(growth.draft(8, "toy")))
-    growth = opt_tree(toy_expand, 8, levels=4, least_gain=0.0, end_ids={ord("a")})
+    growth = opt_tree(toy_expand, 8, width=8, levels=4, least_gain=0.0, end_ids={ord("a")})
     assert not any(word.startswith("a") and len(word) > 1 for word in words(growth.draft(8, "toy")))
 
 
@@ -89,7 +89,7 @@ def test_opt_tree_worked_example(least_gain: float, levels: int) -> None:
         passes.append(list(frontier))
         return toy_expand(growth, frontier)
 
-    draft = opt_tree(counting, 4, levels=9, least_gain=least_gain).draft(4, "toy")
+    draft = opt_tree(counting, 4, width=4, levels=9, least_gain=least_gain).draft(4, "toy")
     assert len(passes) == levels
     assert words(draft) == {"a", "b", "ad", "bg"}
     assert expected_emitted(draft) == pytest.approx(2.47)
@@ -131,6 +131,7 @@ def test_merge_keeps_the_largest_confidence_and_the_best_paths() -> None:
     second = Draft((1, 3), parents=(-1, -1), confidences=(0.9, 0.1))
     merged = merge([first, second], "merged", 63)
     assert (merged.tokens, merged.confidences) == ((1, 2, 3), (0.9, 0.5, 0.1))
+    assert merge([Draft((1,))], "merged", 4).confidences[0] < 1.0
     assert merge([first, second], "merged", 2).tokens == (1, 2)
     with pytest.raises(ValueError, match="point-mass"):
         merge([Draft((1,), draft_probs=torch.ones(1, 2))], "merged", 4)
@@ -200,7 +201,7 @@ def random_parents(draw: st.DataObject) -> list[int]:
 
 
 @given(st.data())
-def test_reordering_keeps_the_tree_and_starts_with_its_best_leaf(data: st.DataObject) -> None:
+def test_reordering_keeps_the_tree_and_puts_the_best_child_next(data: st.DataObject) -> None:
     parents = random_parents(data)
     confidences = [data.draw(st.floats(0.05, 1.0)) for _ in parents]
     scores = path_scores(parents, confidences)
@@ -212,11 +213,13 @@ def test_reordering_keeps_the_tree_and_starts_with_its_best_leaf(data: st.DataOb
     assert {(token, moved.tokens[p] if p >= 0 else -1) for token, p in zip(moved.tokens, moved.parents, strict=True)} == set(
         enumerate(parents)
     )
-    leaves = set(range(len(parents))) - set(parents)
-    best = max(leaves, key=lambda i: (scores[i], depths(parents)[i]))
-    depth = depths(parents)[best]
-    assert moved.parents[:depth] == tuple(range(-1, depth - 1))
-    assert scores[moved.tokens[depth - 1]] == scores[best]
+    place = {old: new for new, old in enumerate(order)}
+    for node in (-1, *range(len(parents))):
+        siblings = [i for i, parent in enumerate(parents) if parent == node]
+        if siblings:
+            first = min(siblings, key=place.__getitem__)
+            assert scores[first] == max(scores[i] for i in siblings)
+            assert place[first] == (place[node] + 1 if node >= 0 else 0)
 
 
 @given(st.data())

@@ -128,7 +128,10 @@ def test_a_lock_file_left_by_a_crash_is_taken_over_without_flock(tmp_path: Path,
 
 
 def test_a_killed_holder_gives_the_lock_back(tmp_path: Path) -> None:
-    code = "import os, sys; from pathlib import Path; from paceline.models.cachedir import locked\nwith locked(Path(sys.argv[1])): os._exit(1)"
+    code = (
+        "import os, sys; from pathlib import Path; from paceline.models.cachedir import locked\n"
+        "with locked(Path(sys.argv[1])): os._exit(1)"
+    )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], check=False).returncode == 1
     with cachedir.locked(tmp_path / "model", wait_seconds=0.1):
         pass

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import END, byte_vocabulary, llama_gguf, write_gguf
 
 from paceline.errors import CacheError, ModelError
 from paceline.models import gguf as gguf_module
 from paceline.models.gguf import open_gguf
 from paceline.models.gguf_arch import hf_row_order, llama3_factors
 from paceline.models.gguf_file import FORMATS, decode_blocks, decode_rows, read_gguf, unpack_blocks
+from tiny_models import END, byte_vocabulary, llama_gguf, write_gguf
 
 
 @pytest.fixture(autouse=True)
@@ -109,15 +109,14 @@ def test_reordered_rows_rotate_alike() -> None:
     heads, dim = 3, 8
     stored = np.random.default_rng(0).normal(size=heads * dim)
     angle = np.arange(dim // 2) * 0.3 + 0.1
-    pairs = stored.reshape(heads, dim // 2, 2)
-    turned = np.stack(
-        [pairs[..., 0] * np.cos(angle) - pairs[..., 1] * np.sin(angle), pairs[..., 0] * np.sin(angle) + pairs[..., 1] * np.cos(angle)],
-        axis=-1,
-    ).ravel()
+
+    def rotate(first: np.ndarray, second: np.ndarray) -> list[np.ndarray]:
+        return [first * np.cos(angle) - second * np.sin(angle), first * np.sin(angle) + second * np.cos(angle)]
+
+    neighbours = np.stack(rotate(*np.moveaxis(stored.reshape(heads, dim // 2, 2), 2, 0)), axis=-1).ravel()
     order = hf_row_order(heads * dim, heads)
-    first, second = np.split(stored[order].reshape(heads, dim), 2, axis=1)
-    halves = np.concatenate([first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)], axis=1)
-    np.testing.assert_allclose(halves.ravel(), turned[order])
+    halves = np.concatenate(rotate(*np.split(stored[order].reshape(heads, dim), 2, axis=1)), axis=1).ravel()
+    np.testing.assert_allclose(halves, neighbours[order])
 
 
 def test_weights_have_the_definitions_names_and_order(tmp_path: Path) -> None:
@@ -147,7 +146,8 @@ def test_quant_blocks_are_the_weights_without_rounding(path: Path) -> None:
     source = open_gguf(path)
     tensors = source.tensors()
     assert source.is_quantised
-    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.up_proj.weight"):
+    for module in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"):
+        name = f"model.layers.1.{module}.weight"
         blocks = source.quant_blocks(name)
         assert blocks is not None
         assert (blocks.bits, blocks.scales.dtype, blocks.offsets.dtype) == (4, np.float32, np.float32)

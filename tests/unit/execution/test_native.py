@@ -1,0 +1,220 @@
+"""The compiled kernels against the stock model, and against themselves in other batches."""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paceline.errors import OptionError, ResourceError
+from paceline.execution.base import Segment, prefill
+from paceline.execution.native import binding, build
+from paceline.execution.native.pack import gate_up_order, pack_blocks, pack_float, quantise, unpack
+from paceline.execution.native.runner import MAX_ROWS, NativeRunner
+from unit.execution.toy_sources import CONFIGS, ToySource, stock_model
+
+ARCHITECTURES = ("llama", "llama_linear", "qwen2", "qwen2_sliding", "qwen3", "mistral", "gemma", "gemma3")
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.08, "int4": 0.9}
+"""Relative to the norm of the logits; random weights of large scale make rounding look worse than trained ones do."""
+
+for _name in ARCHITECTURES:  # the kernels want heads of a multiple of 16
+    CONFIGS[f"native_{_name}"] = {**CONFIGS[_name], "head_dim": 16, "max_position_embeddings": 4 * MAX_ROWS}
+
+pytestmark = pytest.mark.skipif(isinstance(build.load_library(), str), reason=str(build.load_library()))
+
+
+@lru_cache
+def runner(name: str, precision: str = "fp32", threads: int = 2) -> NativeRunner:
+    return NativeRunner(ToySource(f"native_{name}"), precision, threads=threads)
+
+
+def ids(count: int, seed: int = 1) -> list[int]:
+    return [random.Random(seed + i).randrange(97) for i in range(count)]
+
+
+def logits_of(run: NativeRunner, tokens: list[int]) -> torch.Tensor:
+    sequence = run.open()
+    out = run.forward([Segment(sequence, tokens)]).logits.clone()
+    run.close(sequence)
+    return out
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_are_those_of_the_stock_model(name: str, precision: str) -> None:
+    tokens = ids(40)
+    with torch.no_grad():
+        want = stock_model(f"native_{name}")(torch.tensor([tokens])).logits[0]
+    got = logits_of(runner(name, precision), tokens)
+    assert (got - want).norm() / want.norm() < TOLERANCE[precision]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_a_row_has_the_same_bits_alone_in_a_chain_and_in_a_tree(name: str, precision: str) -> None:
+    run, tokens = runner(name, precision), ids(30)
+    whole = logits_of(run, tokens)
+    alone, sequence = [], run.open()
+    for token in tokens:
+        alone.append(run.forward([Segment(sequence, [token])]).logits[0].clone())
+        run.accept(sequence, [0])
+    assert torch.equal(torch.stack(alone), whole)
+
+    tree = run.open()
+    prefill(run, tree, tokens[:20])
+    left, right = tokens[20:25], [3, 5, 8]
+    mixed = [left[0], left[1], right[0], left[2], right[1], left[3], right[2], left[4]]
+    out = run.forward([Segment(tree, mixed, parents=[-1, 0, 0, 1, 2, 3, 4, 5])]).logits
+    assert torch.equal(out[[0, 1, 3, 5, 7]], whole[20:25])
+    run.accept(tree, [0, 1, 3, 5, 7])
+    assert torch.equal(run.forward([Segment(tree, tokens[25:])]).logits, whole[25:])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 9)), min_size=1, max_size=4), st.sampled_from(["fp32", "int4"]))
+def test_a_ragged_batch_gives_each_row_the_bits_it_has_alone(shapes: list[tuple[int, int]], precision: str) -> None:
+    run = runner("llama", precision)
+    segments, want = [], []
+    for i, (prefix, new) in enumerate(shapes):
+        tokens = ids(prefix + new, seed=100 * i)
+        want.append(logits_of(run, tokens)[prefix:])
+        sequence = run.open()
+        prefill(run, sequence, tokens[:prefix])
+        segments.append(Segment(sequence, tokens[prefix:]))
+    assert torch.equal(run.forward(segments).logits, torch.cat(want))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_after_any_history_the_next_logits_equal_those_of_a_fresh_cache(data: st.DataObject) -> None:
+    run = runner("qwen3", "int8")
+    sequence, kept = run.open(), []
+    for step in range(data.draw(st.integers(1, 6))):
+        size = data.draw(st.integers(1, 8))
+        parents = [-1] + [data.draw(st.integers(0, i - 1)) for i in range(1, size)]
+        tokens = ids(size, seed=7 * step)
+        run.forward([Segment(sequence, tokens, parents=parents)])
+        node, path = data.draw(st.integers(0, size - 1)), []
+        while node >= 0:
+            path.append(node)
+            node = parents[node]
+        run.accept(sequence, path[::-1])
+        kept += [tokens[i] for i in path[::-1]]
+        if data.draw(st.booleans()):
+            kept = kept[: data.draw(st.integers(0, len(kept)))]
+            run.truncate(sequence, len(kept))
+    out = run.forward([Segment(sequence, [11, 12])]).logits.clone()
+    assert torch.equal(out, logits_of(run, [*kept, 11, 12])[-2:])
+
+
+def test_one_thread_and_two_give_the_same_bits() -> None:
+    tokens = ids(50)
+    assert torch.equal(logits_of(runner("llama", "int4", 1), tokens), logits_of(runner("llama", "int4", 2), tokens))
+
+
+def test_a_prompt_longer_than_one_call_equals_its_pieces() -> None:
+    run = runner("llama", "int8")
+    tokens = ids(MAX_ROWS + 37)
+    sequence, pieces = run.open(), []
+    for start in range(0, len(tokens), 100):
+        part = tokens[start : start + 100]
+        pieces.append(run.forward([Segment(sequence, part)]).logits.clone())
+        run.accept(sequence, range(len(part)))
+    assert torch.equal(logits_of(run, tokens), torch.cat(pieces))
+
+
+def test_only_the_rows_asked_for_come_back() -> None:
+    run, tokens = runner("llama"), ids(10)
+    first, second = run.open(), run.open()
+    segments = [Segment(first, tokens, num_logits=2), Segment(second, tokens, num_logits=0)]
+    out = run.forward(segments, want_hidden=True)
+    assert torch.equal(out.logits, logits_of(run, tokens)[-2:])
+    assert out.hidden is not None
+    assert out.hidden.shape == (2, 32)
+    assert torch.allclose(out.hidden @ stock_model("native_llama").model.embed_tokens.weight.T, out.logits, atol=1e-4)
+
+
+def test_leaving_after_a_layer_equals_a_model_of_that_many_layers() -> None:
+    run, tokens = runner("llama"), ids(12)
+    sequence = run.open()
+    early = run.forward([Segment(sequence, tokens)], run_layers=1).logits.clone()
+    model = stock_model("native_llama")
+    with torch.no_grad():
+        states = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states[1][0]
+        want = model.lm_head(model.model.norm(states))
+    assert torch.allclose(early, want, atol=1e-4)
+
+
+def test_a_fork_goes_its_own_way() -> None:
+    run, tokens = runner("llama"), ids(20)
+    sequence = run.open()
+    prefill(run, sequence, tokens)
+    copy = run.fork(sequence)
+    run.forward([Segment(sequence, [1, 2, 3])])
+    run.accept(sequence, [0, 1, 2])
+    assert torch.equal(run.forward([Segment(copy, [9])]).logits, logits_of(run, [*tokens, 9])[-1:])
+
+
+def test_a_sequence_beyond_the_context_is_refused() -> None:
+    run = NativeRunner(ToySource("native_llama"), "fp32", max_context=32)
+    sequence = run.open()
+    with pytest.raises(ResourceError, match="max_context = 32"):
+        prefill(run, sequence, ids(200))
+
+
+def test_a_tree_over_64_tokens_is_refused() -> None:
+    run = runner("llama")
+    with pytest.raises(OptionError, match="at most 64"):
+        run.forward([Segment(run.open(), ids(65), parents=[-1, *range(64)])])
+
+
+@pytest.mark.parametrize("kind", [binding.FP32, binding.BF16, binding.Q8, binding.Q4])
+def test_packing_loses_nothing_but_the_stated_rounding(kind: int) -> None:
+    weight = torch.randn(37, 96)
+    if kind == binding.FP32:
+        assert torch.equal(unpack(pack_float(weight, kind)), weight)
+    elif kind == binding.BF16:
+        assert torch.equal(unpack(pack_float(weight, kind)), weight.bfloat16().float())
+    else:
+        blocks = quantise(weight, 4 if kind == binding.Q4 else 8)
+        exact = blocks.scales[..., None] * blocks.quants.reshape(37, 3, 32) + blocks.offsets[..., None]
+        assert np.allclose(unpack(pack_blocks(blocks)).numpy(), exact.reshape(37, 96), atol=1e-6)
+        assert (unpack(pack_blocks(blocks)) - weight).abs().max() < (0.25 if kind == binding.Q4 else 0.02)
+
+
+def test_gate_and_up_rows_lie_side_by_side_in_groups() -> None:
+    order = gate_up_order(64).tolist()
+    assert order == [*range(32), *range(64, 96), *range(32, 64), *range(96, 128)]
+
+
+def test_structures_that_the_kernels_lack_are_named() -> None:
+    assert "phi" in str(NativeRunner.unsupported_reason(ToySource("phi"), "fp32"))
+    assert "bias" in str(NativeRunner.unsupported_reason(ToySource("llama3"), "fp32"))
+    assert NativeRunner.unsupported_reason(ToySource("native_llama"), "int4") is None
+
+
+def test_without_a_compiler_the_reason_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "find_compiler", lambda: None)
+    build.load_library.cache_clear()
+    try:
+        assert "install gcc" in str(build.load_library())
+    finally:
+        monkeypatch.undo()
+        build.load_library.cache_clear()
+
+
+def test_a_compiler_that_fails_is_reported_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "find_compiler", lambda: ["false"])
+    build.load_library.cache_clear()
+    try:
+        assert "false refused the kernels" in str(build.load_library())
+    finally:
+        monkeypatch.undo()
+        build.load_library.cache_clear()
