@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from paceline.config import RunnerConfig, SpeculationConfig
 from paceline.control import registry as controllers
 from paceline.costs import CostTable, DraftCost
 from paceline.drafting import registry as drafters
-from paceline.drafting.base import DrafterContext
+from paceline.drafting.base import Drafter, DrafterContext
 from paceline.errors import ModelError
 from paceline.execution.base import Runner
 from paceline.execution.factory import create_runner
@@ -85,11 +85,22 @@ def build_engine(
         drafts[name] = draft_runner, load_or_measure(draft_runner, draft_source.fingerprint)[0]
         return draft_runner
 
+    def open_self(precision: str) -> Runner:
+        draft_runner = create_runner(target.source, replace(target.config, precision=precision, backend="auto"))
+        drafts[precision] = draft_runner, load_or_measure(draft_runner, target.source.fingerprint)[0]
+        return draft_runner
+
     info = target.runner.info
-    context = DrafterContext(vocab_size=info.vocab_size, max_context=info.max_context, open_model=open_draft)
+    context = DrafterContext(
+        vocab_size=info.vocab_size,
+        max_context=info.max_context,
+        open_model=open_draft,
+        open_self=open_self,
+        target=target.runner,
+    )
     made = drafters.create_all(speculation.draft, speculation.drafter_options, context)
     for drafter in made:
-        costs.drafters[drafter.name] = _draft_cost(drafter.name, drafts)
+        costs.drafters[drafter.name] = _draft_cost(drafter, drafts, costs)
     return cls(
         target.runner,
         costs=costs,
@@ -102,10 +113,13 @@ def build_engine(
     )
 
 
-def _draft_cost(name: str, drafts: dict[str, tuple[Runner, CostTable]]) -> DraftCost:
-    """First figures of a drafter: a second model's own measured step, or a look-up's few microseconds."""
-    for path, (_, table) in drafts.items():
-        if path in name:
+def _draft_cost(drafter: Drafter, drafts: dict[str, tuple[Runner, CostTable]], target: CostTable) -> DraftCost:
+    """First figures of a drafter: its own model's measured step, its share of the target's, or a look-up's few microseconds."""
+    share = drafter.share_of_target
+    if share is not None:
+        return DraftCost(per_token=share * target.t_plain(target.contexts[0]))
+    for runner, table in drafts.values():
+        if getattr(drafter, "runner", None) is runner:
             step = table.t_plain(table.contexts[0])
             return DraftCost(per_token=step, per_catch_up=step / 4)
     return DraftCost(fixed=_LOOKUP_SECONDS)

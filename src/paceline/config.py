@@ -57,15 +57,14 @@ class SamplingParams:
     """None: off; m >= 0: log-probability of each token and of the m most probable ones."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
+        stop: Any = self.stop
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for name, low in (("max_tokens", 1), ("min_tokens", 0), ("top_k", 0), ("n", 1)):
             value = getattr(self, name)
             ok = isinstance(value, int) and not isinstance(value, bool) and value >= low
             _require(ok, name, value, f"must be a whole number >= {low}")
-        for name, low, high in (
+        for name, least, high in (
             ("temperature", 0.0, 100.0),
             ("top_p", 0.0, 1.0),
             ("min_p", 0.0, 1.0),
@@ -74,7 +73,7 @@ class SamplingParams:
             ("frequency_penalty", -100.0, 100.0),
         ):
             value = getattr(self, name)
-            _require(_is_number(value) and low <= value <= high, name, value, f"must be a number in [{low:g}, {high:g}]")
+            _require(_is_number(value) and least <= value <= high, name, value, f"must be a number in [{least:g}, {high:g}]")
         _require(self.top_p > 0, "top_p", self.top_p, "must be above 0 (1 keeps all tokens)")
         _require(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, f"exceeds max_tokens = {self.max_tokens}")
         _require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "must hold non-empty texts")

@@ -84,6 +84,7 @@ class Request:
             seed,
             self._stop_ids,
             coupled=rule == "match" or (rule == AUTO and params.seed is not None),
+            sequence=sequence,
         )
         self.sessions: dict[str, DraftSession] = {d.name: d.open(view) for d in drafters}
         self._wanting = {d.name for d in drafters if d.wants_logits}

@@ -39,7 +39,7 @@ def bench(
     settings: Settings,
 ) -> None:
     """Time methods on the same prompts in one run, in rotating order, and compare every answer with plain decoding's."""
-    from paceline.study.methods import make_methods
+    from paceline.study.methods import make_methods, split_names
     from paceline.study.prompts import load_prompts
     from paceline.study.report import check_writable
 
@@ -49,7 +49,7 @@ def bench(
         if path is not None:
             check_writable(path)
     prompt_set = load_prompts(prompts, limit=limit)
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    names = split_names(methods)
     engines: list[Engine] = []
     engine_for = loading.engine_factory(settings, Console(stderr=True))
 

@@ -55,8 +55,8 @@ def explain(
         if len(result.steps) > rounds:
             console.print(f"{len(result.steps) - rounds} more rounds; --rounds {len(result.steps)} shows all")
         console.print(cost_table(engine, context=_last_context(result)))
-        for row in calibration(engine):
-            console.print(" ".join(f"{name}={value}" for name, value in row.items()), highlight=False)
+        if reliability := calibration(engine):
+            console.print(calibration_table(reliability))
         print_summary(engine, result)
 
 
@@ -113,6 +113,16 @@ def calibration(engine: Engine) -> list[dict[str, Any]]:
     """The controller's reliability table (predicted against observed acceptance), if it keeps one."""
     offered = getattr(engine.controller, "calibration", None)
     return list(offered()) if callable(offered) else []
+
+
+def calibration_table(rows: list[dict[str, Any]]) -> Table:
+    """A row for each bin of predicted acceptance."""
+    table = Table(title="calibration: predicted and observed acceptance")
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    return table
 
 
 def explanation(engine: Engine, result: GenerationResult) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from paceline.cli.generate import AsJson
 
 
 def controllers(as_json: AsJson = False) -> None:
-    """List the controllers: what decides how much to draft."""
+    """List the controllers: what decides how much to draft. With --json, also their options and defaults."""
     from paceline.control import registry
 
     rows = []
@@ -23,10 +23,10 @@ def controllers(as_json: AsJson = False) -> None:
         rows.append(
             {
                 "name": name,
-                "summary": entry.summary,
-                "reads": entry.reads,
                 "lossless": entry.lossless,
                 "trained": entry.trained,
+                "reads": entry.reads,
+                "summary": entry.summary,
                 "options": _options(registry.controller_class(name).options_type),
             }
         )
@@ -40,10 +40,10 @@ def drafters(as_json: AsJson = False) -> None:
     rows = [
         {
             "name": name + (f":{entry.argument}" if entry.argument else ""),
-            "summary": entry.summary,
-            "needs": entry.needs,
             "samples": entry.samples,
             "tree": entry.tree,
+            "needs": entry.needs,
+            "summary": entry.summary,
         }
         for name, entry in registry.TABLE.items()
     ]
@@ -56,12 +56,8 @@ def _options(options_type: type[Any]) -> dict[str, Any]:
     return {item.name: getattr(defaults, item.name) for item in fields(options_type)}
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return " ".join(f"{name}={default}" for name, default in value.items())
-    return str(value)
+def _cell(value: object) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def _print(kind: str, rows: list[dict[str, Any]], as_json: bool) -> None:
@@ -69,8 +65,9 @@ def _print(kind: str, rows: list[dict[str, Any]], as_json: bool) -> None:
         typer.echo(json.dumps({kind: rows}, default=str))
         return
     table = Table(show_edge=False)
-    for column in rows[0]:
+    columns = [column for column in rows[0] if column != "options"]
+    for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(_cell(row[column]) for column in columns))
     Console().print(table)

@@ -104,15 +104,17 @@ class Shift:
         """Labels, discounted."""
         self.odds = 1.0
 
-    def update(self, labels: Sequence[float], predicted: Sequence[float], now: int = 0) -> None:
-        """Count labels against what was predicted for them; now: emitted tokens, for ageing."""
-        keep = self._discount ** len(labels) * 0.5 ** ((now - self._last) / _HALF_LIFE)
-        self._last = now
-        self._hits = keep * self._hits + sum(labels)
-        self._expected = keep * self._expected + sum(predicted)
-        self.total = keep * self.total + len(labels)
-        mean = min(max(self._expected / self.total, 0.005), 0.995)
-        seen = (self._hits + self._weight * mean) / (self.total + self._weight)
+    def update(self, count: int, hits: float, expected: float, now: int = 0) -> None:
+        """Count labels by their number, sum and predicted sum; now: emitted tokens, for ageing."""
+        keep = self._discount**count
+        if now != self._last:
+            keep *= 0.5 ** ((now - self._last) / _HALF_LIFE)
+            self._last = now
+        self._hits = keep * self._hits + hits
+        self._expected = keep * self._expected + expected
+        self.total = total = keep * self.total + count
+        mean = min(max(self._expected / total, 0.005), 0.995)
+        seen = (self._hits + self._weight * mean) / (total + self._weight)
         seen = min(max(seen, 0.001), 0.999)
         self.odds = seen * (1.0 - mean) / ((1.0 - seen) * mean)
 
@@ -159,15 +161,18 @@ class AcceptanceModel:
         pool = self._pools.get((task, drafter, bucket))
         if pool is None:
             pool = self._pools[(task, drafter, bucket)] = self._new_pool(drafter, bucket)
-        shifts = self._requests.setdefault(request_id, {})
+        count, hits = len(labels), sum(labels)
+        shifts = self._requests.get(request_id)
+        if shifts is None:
+            shifts = self._requests[request_id] = {}
         own = shifts.get(drafter)
         if own is None:
             own = shifts[drafter] = Shift(self._request_discount, self._weight)
-        own.update(labels, pool.rates(len(labels)), now)
+        own.update(count, hits, sum(pool.rates(count)), now)
         level = self._levels.get(drafter)
         if level is None:
             level = self._levels[drafter] = Shift(self._pool_discount, self._weight)
-        level.update(labels, [_PRIOR[bucket]] * len(labels))
+        level.update(count, hits, _PRIOR[bucket] * count)
         pool.update(labels)
 
     def forget(self, request_id: int) -> None:

@@ -14,7 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paceline.control.base import Controller, RoundContext
-from paceline.control.rounds import Price, plan_first, require, require_length, require_number, round_seconds, round_yield
+from paceline.control.rounds import (
+    Price,
+    plan_first,
+    require,
+    require_length,
+    require_list,
+    require_number,
+    round_seconds,
+    round_yield,
+)
 from paceline.costs import CostTable
 from paceline.records import Plan, StepRecord
 
@@ -65,11 +74,11 @@ class Exp3Options:
 
 
 def _require_lengths(options: UcbOptions | Exp3Options) -> None:
+    require_list("lengths", options.lengths)
     object.__setattr__(options, "lengths", tuple(options.lengths))
     for length in options.lengths:
         require_length("lengths", length, 1)
-    ok = len(options.lengths) > 0 and list(options.lengths) == sorted(set(options.lengths))
-    require(ok, "lengths", options.lengths, "needs at least one length, rising")
+    require(list(options.lengths) == sorted(set(options.lengths)), "lengths", options.lengths, "lengths must rise")
 
 
 @dataclass(slots=True)

@@ -7,6 +7,10 @@ request does not bring a new start.
 
 from __future__ import annotations
 
+from math import inf
+
+_FORGIVE_EVERY = 32.0
+
 
 class TimeBank:
     """Seconds that speculation may still lose.
@@ -15,10 +19,11 @@ class TimeBank:
     is kept of earlier gains, in plain steps, so that old successes cannot pay for a long bad stretch.
     """
 
-    __slots__ = ("_cap", "_eps", "_start", "granted", "is_open", "slack")
+    __slots__ = ("_cap", "_eps", "_forgiven", "_since", "_start", "granted", "is_open", "slack")
 
     def __init__(self, eps: float = 0.01, start: float = 3.0, cap: float = 200.0) -> None:
         self._eps, self._start, self._cap = eps, start, cap
+        self._since, self._forgiven = _FORGIVE_EVERY, 0.0
         self.is_open = False
         self.slack = 0.0
         """(1 + eps) * plain time + start - time so far, but at most the cap; seconds."""
@@ -44,8 +49,18 @@ class TimeBank:
         """
         self._settle(max(0.0, self._eps * plain_seconds * num_emitted - looking), plain_seconds)
 
-    def settle(self, plain_seconds: float, num_emitted: float, seconds: float) -> None:
-        """A speculative round of `seconds` that emitted `num_emitted` tokens, each worth a plain step."""
+    def settle(self, plain_seconds: float, num_emitted: float, seconds: float, ceiling: float = inf, weight: float = 1.0) -> None:
+        """A speculative round of `seconds` that emitted `num_emitted` tokens, each worth a plain step.
+
+        ceiling: seconds beyond which the machine was interrupted (another process, a page fault), as plain decoding would have
+        been too; such an excess is not charged, once in 32 rounds. weight: share of a round that a record of a batch stands for.
+        """
+        self._since += weight
+        if seconds > ceiling and self._since >= _FORGIVE_EVERY:
+            seconds = ceiling
+            self._forgiven += weight
+            if self._forgiven > 0.999:
+                self._since = self._forgiven = 0.0
         self._settle((1.0 + self._eps) * plain_seconds * num_emitted - seconds, plain_seconds)
 
     def _settle(self, gain: float, plain_seconds: float) -> None:

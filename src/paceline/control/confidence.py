@@ -49,13 +49,15 @@ def _bounded(step: float) -> float:
 class ConfidenceModel:
     """One drafter's calibration.
 
-    memory: labels that the fit looks back on; every: rounds between two Newton steps; ridge: regularisation a label.
+    memory: labels that the fit looks back on; every: rounds between two Newton steps (the first ones come sooner); ridge:
+    regularisation a label.
     """
 
-    def __init__(self, memory: int = 512, every: int = 32, ridge: float = 1e-3) -> None:
+    def __init__(self, memory: int = 256, every: int = 64, ridge: float = 1e-3) -> None:
         self._ring: deque[tuple[float, int, float]] = deque(maxlen=memory)
         self._every = every
         self._ridge = ridge
+        self._wait = min(16, every)
         self._rounds = 0
         self._slope = _SLOPE
         self._intercepts = [_INTERCEPT] * POSITIONS
@@ -71,15 +73,18 @@ class ConfidenceModel:
     def update(self, confidences: Sequence[float], labels: Sequence[float]) -> None:
         """Learn from one round: largest draft probabilities and labels of the observed positions 1, 2, ..."""
         for j, (max_prob, label) in enumerate(zip(confidences, labels, strict=False)):
-            predicted = self.chance(j + 1, max_prob)
-            entry = self._bins[min(int(predicted * _BINS), _BINS - 1)]
+            slot = j if j < POSITIONS else POSITIONS - 1
+            feature = _feature(max_prob)
+            predicted = _sigmoid(self._slope * feature + self._intercepts[slot])
+            entry = self._bins[int(predicted * _BINS) if predicted < 1.0 else _BINS - 1]
             entry[0] += predicted
             entry[1] += label
             entry[2] += 1
-            self._ring.append((_feature(max_prob), min(j, POSITIONS - 1), label))
-            self.labels += 1
+            self._ring.append((feature, slot, label))
+        self.labels += min(len(confidences), len(labels))
         self._rounds += 1
-        if self._rounds % self._every == 0 and self._ring:
+        if self._rounds >= self._wait and self._ring:
+            self._rounds, self._wait = 0, min(2 * self._wait, self._every)
             self._newton_step()
 
     def reliability(self) -> list[Bin]:

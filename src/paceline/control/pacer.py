@@ -8,7 +8,8 @@ Prices are expected tokens over expected seconds for every length, from learnt c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from paceline.control.acceptance import AcceptanceModel, observed_labels, signal_bucket
@@ -23,11 +24,10 @@ from paceline.errors import OptionError
 from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
 
 _NOTHING = Plan(None, 0, "plain: nothing to draft")
-_DUE_CATCH_UP = 8
-_STAY = 16
+_DUE_CATCH_UP, _STAY = 8, 16
 _CALIBRATED = 64
 _HICCUP = 3.0
-_HICCUP_ROUNDS = 32
+_DOUBLE_PROOF = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +53,17 @@ class PacerOptions:
 
 
 @dataclass(slots=True)
+class _Lane:
+    """What requests of one task share at one batch size."""
+
+    arbiter: Arbiter = field(default_factory=Arbiter)
+    purse: TimeBank = field(default_factory=lambda: TimeBank(eps=0.002, start=2.0, cap=50.0))
+    """A second, smaller bank: while it is empty nothing is probed, and a promise must be clear to be believed."""
+    speed: float = 1.0
+    """Delivered speed of batched speculative rounds, relative to plain decoding."""
+
+
+@dataclass(slots=True)
 class _Offer:
     """The best that one drafter can do in the coming round."""
 
@@ -63,8 +74,8 @@ class _Offer:
     """Predicted time of the round for 0, 1, ... drafted tokens; in a batch, of the shared forward and this draft."""
     num_draft: int
     emitted: float
-    merit: float = 0.0
-    """Tokens of this round for one that the time would have emitted by plain decoding."""
+    merit: float
+    """Tokens of this round for one that its time would have emitted by plain decoding."""
 
 
 @dataclass(slots=True)
@@ -80,10 +91,11 @@ class _Running:
 class _Delivered:
     """What a drafter with a stop rule delivered against what was expected of it, as one factor on its merit."""
 
-    __slots__ = ("_emitted", "_expected_emitted", "_expected_seconds", "_seconds")
+    __slots__ = ("_emitted", "_expected_emitted", "_expected_seconds", "_seconds", "factor")
 
     def __init__(self) -> None:
         self._emitted = self._expected_emitted = self._seconds = self._expected_seconds = 0.0
+        self.factor = 1.0
 
     def update(self, record: StepRecord, seconds: float) -> None:
         keep = 0.98
@@ -91,11 +103,8 @@ class _Delivered:
         self._expected_emitted = keep * self._expected_emitted + record.expected_emitted
         self._seconds = keep * self._seconds + min(seconds, _HICCUP * record.expected_seconds)
         self._expected_seconds = keep * self._expected_seconds + record.expected_seconds
-
-    def factor(self) -> float:
-        if self._expected_emitted < 10.0 or self._seconds <= 0.0:
-            return 1.0
-        return self._emitted / self._expected_emitted * self._expected_seconds / self._seconds
+        if self._expected_emitted > 10.0 and self._seconds > 0.0:
+            self.factor = self._emitted / self._expected_emitted * self._expected_seconds / self._seconds
 
 
 class Pacer(Controller):
@@ -112,37 +121,34 @@ class Pacer(Controller):
         self._delivered: dict[str, _Delivered] = {}
         self._bank = TimeBank(options.eps, options.start, options.cap)
         self._probes = ProbeSchedule()
-        self._arbiters: dict[tuple[str, int], Arbiter] = {}
+        self._lanes: dict[tuple[str, int], _Lane] = {}
         self._running: dict[int, _Running] = {}
         self._asking: set[str] = set()
         self._tokens = 0
-        self._batch_speed = 1.0
-        self._rounds_since_hiccup = _HICCUP_ROUNDS
 
     def plan(self, context: RoundContext) -> Plan:
-        limit = context.max_draft
-        able = [outlook for outlook in context.outlooks if outlook.available > 0] if limit > 0 else None
+        able = [o for o in context.outlooks if o.available > 0] if context.max_draft > 0 else None
         if not able:
             return _NOTHING
-        plain = self._plain_seconds(context.context_length, context.batch_size)
-        arbiter = self._arbiter(context.task, context.batch_size)
-        if arbiter.forbids:
+        plain = self._costs.plain(context.context_length, context.batch_size)
+        lane = self._lane(context.task, context.batch_size, plain)
+        if lane.arbiter.forbids:
             return Plan(None, 0, "plain: speculation delivered less lately", 1.0, plain)
-        if arbiter.wants_plain:
+        if lane.arbiter.wants_plain:
             return Plan(None, 0, "plain: renewing the price of a plain step", 1.0, plain)
-        best = self._offer(context, able[0], plain)
+        best = self._offer(context, able[0], plain, lane)
         others: list[_Offer] = []
         for outlook in able[1:]:
-            offer = self._offer(context, outlook, plain)
+            offer = self._offer(context, outlook, plain, lane)
             if offer.merit > best.merit:
                 best, offer = offer, best
             others.append(offer)
-        pays = best.merit > 1.0 + self.options.margin
+        pays = best.merit > 1.0 + self.options.margin + (_DOUBLE_PROOF if lane.purse.slack <= 0.0 else 0.0)
         for offer in others if pays else [best, *others]:
-            if self._may_probe(context, offer, plain, best.merit if pays else 1.0):
-                return self._grant(context, offer, plain, min(offer.num_draft, 2), probe=True)
+            if self._may_probe(context, offer, plain, best.merit if pays else 1.0, lane):
+                return self._grant(context, offer, plain, lane, min(offer.num_draft, 2), probe=True)
         if pays:
-            return self._grant(context, best, plain, best.num_draft, probe=False)
+            return self._grant(context, best, plain, lane, best.num_draft, probe=False)
         return Plan(None, 0, self._why_plain(best, plain), 1.0, plain)
 
     def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
@@ -159,26 +165,34 @@ class Pacer(Controller):
 
     def observe(self, record: StepRecord) -> None:
         batch = record.batch_size
-        plain = self._plain_seconds(record.context_length, batch)
+        plain = self._costs.plain(record.context_length, batch)
+        lane = self._lane(record.task, batch, plain)
         rows = record.batch_rows or record.num_drafted + 1
         seconds = record.round_seconds or record.verify_seconds + record.draft_seconds
+        steps = record.num_emitted / batch
         self._tokens += record.num_emitted
         running = self._running.pop(record.request_id, None)
-        lag = running.offer.outlook.catch_up if running is not None else 0
         speculative = record.drafter is not None or rows > batch
         if speculative:
-            self._rounds_since_hiccup += 1
-            self._bank.settle(plain / batch, record.num_emitted, self._charge(record, rows, seconds, lag) / batch)
+            ceiling = self._ceiling(record, rows)
+            charged = min(seconds, ceiling) if record.warmup else seconds
+            self._bank.settle(plain, steps, charged / batch, ceiling / batch, 1.0 / batch)
+            lane.purse.settle(plain, steps, min(seconds, ceiling) / batch)
         else:
             # Looking for drafts and deciding against them is speculation's own cost.
             looking = record.draft_seconds + record.control_seconds
-            self._bank.settle_plain(plain / batch, record.num_emitted, looking)
             seconds -= looking
+            self._bank.settle_plain(plain, steps, looking)
+            lane.purse.settle_plain(plain, steps)
         if record.drafter is not None:
             self._learn_acceptance(record, seconds)
         if not record.warmup:
-            self._learn_costs(record, rows, seconds, speculative, lag)
-            self._arbiter(record.task, batch).observe(plain / batch, record.num_emitted, seconds / batch, speculative)
+            lag = running.offer.outlook.catch_up if running is not None else 0
+            self._learn_costs(record, rows, seconds, lag if speculative else -1)
+            lane.arbiter.observe(plain / batch, record.num_emitted, seconds / batch, speculative)
+            if speculative and batch > 1 and seconds > 0.0:
+                speed = (record.batch_emitted or record.num_emitted * batch) * plain / (batch * seconds)
+                lane.speed += 0.05 / batch * (min(speed, 2.0 * lane.speed) - lane.speed)
 
     def finish(self, request_id: int) -> None:
         self._acceptance.forget(request_id)
@@ -208,74 +222,71 @@ class Pacer(Controller):
         self._acceptance.restore(data["acceptance"])
         self._confidence.update(curves)
 
-    def _plain_seconds(self, context: int, batch: int) -> float:
-        plain = self._costs.plain(context, batch)
-        if not self._bank.is_open:
-            self._bank.open(plain)
-        return plain
-
-    def _arbiter(self, task: str, batch: int) -> Arbiter:
+    def _lane(self, task: str, batch: int, plain: float) -> _Lane:
         key = (task, rows_bucket(batch))
-        arbiter = self._arbiters.get(key)
-        if arbiter is None:
-            arbiter = self._arbiters[key] = Arbiter()
-        return arbiter
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = _Lane()
+            lane.purse.open(plain)
+            if not self._bank.is_open:
+                self._bank.open(plain)
+        return lane
 
-    def _offer(self, context: RoundContext, outlook: Outlook, plain: float) -> _Offer:
+    def _offer(self, context: RoundContext, outlook: Outlook, plain: float, lane: _Lane) -> _Offer:
+        """Price all lengths of one drafter and take the best."""
+        costs, drafter, bucket = self._costs, outlook.drafter, signal_bucket(outlook.signal)
         limit = min(context.max_draft, outlook.available)
-        bucket = signal_bucket(outlook.signal)
-        rates = self._acceptance.rates(context.request_id, context.task, outlook.drafter, bucket, limit)
-        curve = self._costs.learnt(_base_rows(context), limit, context.context_length)
-        line, rest = self._costs.line(outlook.drafter), self._costs.rest
-        lag = outlook.catch_up
-        if lag > _DUE_CATCH_UP:
+        rates = self._acceptance.rates(context.request_id, context.task, drafter, bucket, limit)
+        curve = costs.learnt(_base_rows(context), limit, context.context_length)
+        line, rest, alone = costs.line(drafter), costs.rest, _alone(context)
+        once, each = line.fixed, line.per_token + rest.per_token
+        if alone:
+            once += rest.fixed
+        if outlook.catch_up:
             # A long lag is paid once for a stay of many rounds (7.8).
-            lag = _DUE_CATCH_UP + (lag - _DUE_CATCH_UP) // _STAY
-        once = line.fixed + rest.fixed + (self._costs.catch_up(outlook.drafter, lag) if lag else 0.0)
-        each = line.per_token + rest.per_token
+            lag = outlook.catch_up
+            once += costs.catch_up(drafter, lag if lag <= _DUE_CATCH_UP else _DUE_CATCH_UP + (lag - _DUE_CATCH_UP) // _STAY)
         seconds = [once + each * k + curve[k] for k in range(limit + 1)]
-        if _alone(context):
+        if alone:
             num_draft, emitted = best_ratio(rates, seconds)
             merit = emitted * plain / seconds[num_draft]
         else:
-            price = self._batch_price(context, plain)
+            price = _batch_price(context, plain, lane)
             num_draft, emitted = best_net(rates, seconds, price)
             merit = emitted - price * (seconds[num_draft] - curve[0])
-        delivered = self._delivered.get(outlook.drafter)
+        delivered = self._delivered.get(drafter)
         if delivered is not None:
-            merit *= delivered.factor()
+            merit *= delivered.factor
         return _Offer(outlook, bucket, rates, seconds, num_draft, emitted, merit)
 
-    def _batch_price(self, context: RoundContext, plain: float) -> float:
-        """Tokens a second that the whole batch emits: at least those of plain decoding, else what was delivered lately."""
-        return max(1.0, self._batch_speed) * context.batch_size / plain
-
-    def _may_probe(self, context: RoundContext, offer: _Offer, plain: float, speed: float) -> bool:
+    def _may_probe(self, context: RoundContext, offer: _Offer, plain: float, speed: float, lane: _Lane) -> bool:
         """Whether an offer that does not win should be tried once more; speed: of what wins, relative to plain."""
         spent = offer.seconds[offer.num_draft] / plain if _alone(context) else offer.emitted + 1.0 - offer.merit
         loss = max(0.0, speed * spent - offer.emitted)
-        doubt = self._acceptance.doubt(context.request_id, offer.outlook.drafter, offer.rates[0], loss)
-        return self._probes.due(
-            _key(context.task, offer.outlook.drafter, offer.bucket, context.batch_size), self._tokens, loss, doubt
-        )
+        if lane.purse.slack < loss * plain / context.batch_size:
+            return False
+        drafter = offer.outlook.drafter
+        doubt = self._acceptance.doubt(context.request_id, drafter, offer.rates[0], loss)
+        return self._probes.due((context.task, drafter, offer.bucket, rows_bucket(context.batch_size)), self._tokens, loss, doubt)
 
-    def _grant(self, context: RoundContext, offer: _Offer, plain: float, num_draft: int, *, probe: bool) -> Plan:
+    def _grant(self, context: RoundContext, offer: _Offer, plain: float, lane: _Lane, wanted: int, *, probe: bool) -> Plan:
         """Let the bank shorten or refuse the draft, and write the plan."""
-        drafter, request_id = offer.outlook.drafter, context.request_id
-        stops = drafter in self._asking and not probe and self._confidence[drafter].labels >= _CALIBRATED
-        num_draft = self._affordable(context, offer, plain, len(offer.rates) if stops else num_draft)
+        drafter = offer.outlook.drafter
+        stops = not probe and drafter in self._asking and self._confidence[drafter].labels >= _CALIBRATED
+        num_draft = self._affordable(context, offer, plain, len(offer.rates) if stops else wanted)
         if num_draft == 0:
             return Plan(None, 0, "plain: bank, earlier losses come first", 1.0, plain)
-        expected = min(num_draft, offer.num_draft)
-        emitted = survival = 1.0
-        for rate in offer.rates[:expected]:
-            survival *= rate
-            emitted += survival
-        seconds = offer.seconds[expected]
+        expected, emitted = min(num_draft, offer.num_draft), offer.emitted
+        if expected < offer.num_draft:
+            emitted = survival = 1.0
+            for rate in offer.rates[:expected]:
+                survival *= rate
+                emitted += survival
         price = 0.0
         if stops:
-            price = max(offer.merit, 1.0) / plain if _alone(context) else self._batch_price(context, plain)
-        self._running[request_id] = _Running(offer, price)
+            price = max(offer.merit, 1.0) / plain if _alone(context) else _batch_price(context, plain, lane)
+        self._running[context.request_id] = _Running(offer, price)
+        seconds = offer.seconds[expected]
         return Plan(drafter, num_draft, self._why_draft(num_draft, emitted, seconds / plain, probe), emitted, seconds, probe)
 
     def _affordable(self, context: RoundContext, offer: _Offer, plain: float, wanted: int) -> int:
@@ -283,33 +294,22 @@ class Pacer(Controller):
         costs, outlook = self._costs, offer.outlook
         table = costs.measured(_base_rows(context), wanted, context.context_length)
         free = plain if _alone(context) else table[0]
-        line, catch_up = costs.line(outlook.drafter), costs.catch_up(outlook.drafter, outlook.catch_up)
+        line, rest = costs.line(outlook.drafter), costs.rest
+        catch_up = costs.catch_up(outlook.drafter, outlook.catch_up)
         margin = 1.0 + 2.0 * costs.deviation
         for k in range(wanted, 0, -1):
-            worst = max(margin * offer.seconds[k], table[k] + line.worst(k) + costs.rest.worst(k)) + catch_up
+            worst = max(margin * offer.seconds[k], table[k] + line.worst(k) + rest.worst(k)) + catch_up
             if self._bank.grant(max(0.0, worst - free)):
                 return k
         return 0
 
-    def _charge(self, record: StepRecord, rows: int, seconds: float, lag: int) -> float:
-        """The seconds of a speculative round that the bank is charged with.
-
-        Now and then a round is interrupted (another process, a page fault), and plain decoding would have been as well: one
-        round in 32 may be cut to three times its worst price, and rounds after a cold start always.
-        """
+    def _ceiling(self, record: StepRecord, rows: int) -> float:
+        """Seconds beyond which a speculative round was interrupted rather than dear."""
         worst = max(self._costs.measured(rows, 0, record.context_length)[0], record.expected_seconds)
+        worst += record.batch_size * self._costs.rest.worst(record.num_drafted)
         if record.drafter is not None:
-            line, drafted = self._costs.line(record.drafter), record.num_drafted
-            worst += line.worst(drafted) + self._costs.catch_up(record.drafter, lag)
-        worst = _HICCUP * (worst + self._costs.rest.worst(record.num_drafted))
-        if seconds <= worst:
-            return seconds
-        if not record.warmup:
-            if record.batch_size < self._rounds_since_hiccup < _HICCUP_ROUNDS * record.batch_size:
-                return seconds
-            if self._rounds_since_hiccup > record.batch_size:
-                self._rounds_since_hiccup = 0
-        return worst
+            worst += record.batch_size * self._costs.line(record.drafter).worst(record.num_drafted)
+        return _HICCUP * worst if worst > 0.0 else inf
 
     def _learn_acceptance(self, record: StepRecord, seconds: float) -> None:
         assert record.drafter is not None  # the caller asked
@@ -317,31 +317,33 @@ class Pacer(Controller):
         labels = observed_labels(record)
         self._acceptance.update(record.request_id, record.task, drafter, bucket, labels, self._tokens)
         if record.confidences:
-            self._confidence.setdefault(drafter, ConfidenceModel()).update(record.confidences, labels)
-            if not (record.truncated or record.warmup or record.probe) and record.batch_size == 1:
-                self._delivered.setdefault(drafter, _Delivered()).update(record, seconds)
-        key = _key(record.task, drafter, bucket, record.batch_size)
+            model = self._confidence.get(drafter)
+            if model is None:
+                model = self._confidence[drafter] = ConfidenceModel()
+                self._delivered[drafter] = _Delivered()
+            model.update(record.confidences, labels)
+            if drafter in self._asking and record.batch_size == 1 and not (record.truncated or record.warmup or record.probe):
+                self._delivered[drafter].update(record, seconds)
+        key = (record.task, drafter, bucket, rows_bucket(record.batch_size))
         if not record.probe:
             self._probes.pays(key, self._tokens)
         elif labels:
             self._probes.probed(key, self._tokens, accepted=record.num_accepted > 0)
 
-    def _learn_costs(self, record: StepRecord, rows: int, seconds: float, speculative: bool, lag: int) -> None:
+    def _learn_costs(self, record: StepRecord, rows: int, seconds: float, lag: int) -> None:
+        """lag: catch-up of a speculative round; negative for a plain one."""
         batch, costs, context = record.batch_size, self._costs, record.context_length
-        if not speculative:
+        if lag < 0:
             costs.learn_plain(context, batch, seconds, record.verify_seconds)
             return
         costs.learn_round(context, rows, batch, record.verify_seconds)
         if record.drafter is not None:
-            costs.line(record.drafter).learn(record.num_drafted, record.draft_seconds - costs.catch_up(record.drafter, lag))
+            catch_up = costs.catch_up(record.drafter, lag) if lag else 0.0
+            costs.line(record.drafter).learn(record.num_drafted, record.draft_seconds - catch_up)
         if batch == 1:
             costs.rest.learn(record.num_drafted, seconds - record.verify_seconds - record.draft_seconds)
             if record.expected_seconds > 0.0 and record.num_drafted == record.num_planned:
                 costs.learn_deviation(record.expected_seconds, seconds)
-        elif seconds > 0.0:
-            emitted = record.batch_emitted or record.num_emitted * batch
-            speed = emitted * costs.plain(context, batch) / (batch * seconds)
-            self._batch_speed += 0.05 / batch * (min(speed, 2.0 * self._batch_speed) - self._batch_speed)
 
     def _why_plain(self, offer: _Offer, plain: float) -> str:
         if not self.options.explain:
@@ -363,5 +365,6 @@ def _base_rows(context: RoundContext) -> int:
     return max(context.other_rows + 1, context.batch_size)
 
 
-def _key(task: str, drafter: str, bucket: int, batch: int) -> tuple[str, str, int, int]:
-    return task, drafter, bucket, rows_bucket(batch)
+def _batch_price(context: RoundContext, plain: float, lane: _Lane) -> float:
+    """Tokens a second that the whole batch emits: at least those of plain decoding, else what was delivered lately."""
+    return max(1.0, lane.speed) * context.batch_size / plain

@@ -83,7 +83,8 @@ class Factor:
         """Move towards a new ratio, by a tenth once settled."""
         self.count += weight
         ratio = min(max(ratio, self.value / _OUTLIER), self.value * _OUTLIER)
-        self.value += weight * max(_SLOWEST_RATE, 1.0 / (self.count + 1.0)) * (ratio - self.value)
+        rate = 1.0 / (self.count + 1.0)
+        self.value += weight * (rate if rate > _SLOWEST_RATE else _SLOWEST_RATE) * (ratio - self.value)
 
 
 class MedianFactor:
@@ -225,7 +226,7 @@ class LearnedCosts:
         raw = self.measured(batch, 0, context)[0]
         if raw > 0.0:
             self._plain[rows_bucket(batch)].update(round_seconds / raw, 1.0 / batch)
-            self._learn_verify(batch, raw, verify_seconds, batch)
+            self._learn_verify(batch, verify_seconds / raw, 1.0 / batch)
         if batch == 1:
             self.rest.learn(0, round_seconds - verify_seconds)
 
@@ -233,17 +234,17 @@ class LearnedCosts:
         """Count the forward of a speculative round (one of the `batch` records of a batched one)."""
         raw = self.measured(rows, 0, context)[0]
         if raw > 0.0:
-            self._learn_verify(rows, raw, verify_seconds, batch)
+            self._learn_verify(rows, verify_seconds / raw, 1.0 / batch)
 
     def learn_deviation(self, expected: float, seconds: float) -> None:
         """Count how far a speculative round was from its predicted time."""
         off = min(abs(seconds / expected - 1.0), 1.0)
         self.deviation += 0.05 * (off - self.deviation)
 
-    def _learn_verify(self, rows: int, raw: float, seconds: float, batch: int) -> None:
-        if seconds > 0.0:
-            self._factors[rows_bucket(rows)].update(seconds / raw, 1.0 / batch)
-            self._shared.update(seconds / raw, 1.0 / batch)
+    def _learn_verify(self, rows: int, ratio: float, weight: float) -> None:
+        if ratio > 0.0:
+            self._factors[rows_bucket(rows)].update(ratio, weight)
+            self._shared.update(ratio, weight)
             self._age += 1
             if self._age >= _EPOCH:
                 self._age = 0

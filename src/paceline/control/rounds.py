@@ -28,9 +28,15 @@ def require_count(name: str, value: object, low: int = 1) -> None:
     require(ok, name, value, f"must be a whole number >= {low}")
 
 
-def require_number(name: str, value: float, low: float, high: float) -> None:
+def require_number(name: str, value: object, low: float, high: float) -> None:
     """A number in [low, high]; NaN is refused."""
-    require(low <= value <= high, name, value, f"must be a number in [{low:g}, {high:g}]")
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    require(ok, name, value, f"must be a number in [{low:g}, {high:g}]")
+
+
+def require_list(name: str, value: object) -> None:
+    """A non-empty list or tuple."""
+    require(isinstance(value, (list, tuple)) and len(value) > 0, name, value, "must be a list with at least one entry")
 
 
 def plan_first(context: RoundContext, length: int, reason: str, *, probe: bool = False) -> Plan:

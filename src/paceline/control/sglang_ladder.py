@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from paceline.control.base import Controller, RoundContext
-from paceline.control.rounds import BatchTally, plan_first, require, require_count, require_length, require_number
+from paceline.control.rounds import BatchTally, plan_first, require, require_count, require_length, require_list, require_number
 from paceline.costs import CostTable
 from paceline.records import Plan, StepRecord
 
@@ -47,13 +47,17 @@ class SglangLadderOptions:
     up: float = 0.0
 
     def __post_init__(self) -> None:
+        require_list("slots", self.slots)
+        for slot in self.slots:
+            require(isinstance(slot, (list, tuple)) and len(slot) == 2, "slots", slot, "each must be (batch size, lengths)")
+            require_count("slots", slot[0])
+            require_list("slots", slot[1])
+            for steps in slot[1]:
+                require_length("slots", steps)
+            require(list(slot[1]) == sorted(set(slot[1])), "slots", slot[1], "lengths must rise")
         object.__setattr__(self, "slots", tuple((size, tuple(ladder)) for size, ladder in self.slots))
         sizes = [size for size, _ in self.slots]
-        require(bool(sizes) and sizes[0] == 1 and sizes == sorted(set(sizes)), "slots", sizes, "sizes must rise from 1")
-        for _, ladder in self.slots:
-            require(bool(ladder) and list(ladder) == sorted(set(ladder)), "slots", ladder, "lengths must rise")
-            for steps in ladder:
-                require_length("slots", steps)
+        require(sizes[0] == 1 and sizes == sorted(set(sizes)), "slots", sizes, "sizes must rise from 1")
         require_length("start", self.start)
         require_count("warmup", self.warmup, 0)
         require_count("every", self.every)

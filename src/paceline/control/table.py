@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paceline.control.base import Controller, RoundContext
-from paceline.control.rounds import plan_first, require
+from paceline.control.rounds import plan_first, require, require_list
 from paceline.costs import CostTable
 from paceline.records import Plan
 
@@ -24,8 +24,10 @@ class TableOptions:
     past the end repeat the length before them. The default is ours, a cautious one for small machines."""
 
     def __post_init__(self) -> None:
+        require_list("schedule", self.schedule)
+        for row in self.schedule:
+            require_list("schedule", row)
         object.__setattr__(self, "schedule", tuple(tuple(row) for row in self.schedule))
-        require(len(self.schedule) > 0, "schedule", self.schedule, "needs at least one row")
         last = 0
         for row in self.schedule:
             whole = len(row) == 3 and all(isinstance(x, int) and not isinstance(x, bool) for x in row)

@@ -13,7 +13,7 @@ from paceline.records import Draft, DraftFeatures, Outlook, Verdict
 if TYPE_CHECKING:
     import torch
 
-    from paceline.execution.base import Runner
+    from paceline.execution.base import Runner, SequenceHandle
 
 KeepDrafting = Callable[[DraftFeatures], bool]
 
@@ -28,6 +28,10 @@ class DrafterContext:
     """Longest sequence of the target, in tokens."""
     open_model: Callable[[str], Runner] | None = None
     """Loads a second model by path or name, after checking that its tokenizer fits the target's; None where that is not offered."""
+    open_self: Callable[[str], Runner] | None = None
+    """Loads the target's own weights once more, in another precision."""
+    target: Runner | None = None
+    """The target's runner, for drafters that run parts of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,8 @@ class SequenceView:
     coupled: bool = False
     """True when the rule draws the target's own token and compares (`match`): a sampled draft then draws with the target's
     random number of each position, which makes the two agree most often. Wrong for ratio tests: their draws must be independent."""
+    sequence: SequenceHandle | None = None
+    """The target's own cache of the sequence, for drafters that run parts of the target in it."""
 
 
 class DraftSession(ABC):
@@ -93,6 +99,8 @@ class Drafter(ABC):
     wants_logits: bool = False
     samples: bool = False
     """True when drafts are drawn from `Draft.draft_probs` (at temperature > 0); False for point-mass drafts."""
+    share_of_target: float | None = None
+    """For drafters that run a part of the target: that part of a plain step, as a first guess of a drafted token's cost."""
 
     @classmethod
     @abstractmethod

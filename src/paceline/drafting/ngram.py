@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec, DraftSession, KeepDrafting, SequenceView
+from paceline.drafting.evidence import SIGNALS, look_up_level
 from paceline.drafting.options import whole
 from paceline.records import Draft, Outlook
 
-_LONGEST_EVIDENCE = 8
-_BUCKETS = (0, 1, 2, 3, 4, 4, 6, 6, 8)
-"""Evidence bucket of each matched length."""
+_LONGEST_EVIDENCE = 16
+"""Tokens that are compared to tell how strong a match is."""
+_NOWHERE = (0, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +28,7 @@ class NgramOptions:
     """Shortest one that may propose."""
 
     def __post_init__(self) -> None:
-        whole("max_size", self.max_size, 1, _LONGEST_EVIDENCE)
+        whole("max_size", self.max_size, 1, 8)
         whole("min_size", self.min_size, 1, self.max_size)
 
 
@@ -49,7 +50,7 @@ class NgramDrafter(Drafter):
 
 
 class NgramSession(DraftSession):
-    """Index of one sequence: n-gram -> where its latest occurrence continues.
+    """Index of one sequence: n-gram -> where its latest occurrence continues, and the one before (0: none).
 
     An n-gram enters the index only once a token follows it, so the tail never finds itself and every hit has a continuation.
     """
@@ -58,7 +59,7 @@ class NgramSession(DraftSession):
         self._name = drafter.name
         self._view = view
         self._sizes = tuple(range(drafter.options.max_size, drafter.options.min_size - 1, -1))
-        self._index: dict[tuple[int, ...], int] = {}
+        self._index: dict[tuple[int, ...], tuple[int, int]] = {}
         self._indexed = 0
         self._found_at = -1
         self._start = 0
@@ -70,7 +71,8 @@ class NgramSession(DraftSession):
         for end in range(self._indexed + 1, len(tokens)):
             for size in sizes:
                 if size <= end:
-                    index[tuple(tokens[end - size : end])] = end
+                    gram = tuple(tokens[end - size : end])
+                    index[gram] = (end, index.get(gram, _NOWHERE)[0])
         self._indexed = max(self._indexed, len(tokens) - 1)
 
     def _find(self) -> None:
@@ -82,11 +84,13 @@ class NgramSession(DraftSession):
         self._extend_index()
         self._found_at, self._start, self._signal = length, 0, 0
         for size in self._sizes:
-            start = self._index.get(tuple(tokens[length - size :])) if size < length else None
-            if start is not None:
+            found = self._index.get(tuple(tokens[length - size :])) if size < length else None
+            if found is not None:
+                start, older = found
                 while size < _LONGEST_EVIDENCE and size < start and tokens[start - size - 1] == tokens[length - size - 1]:
                     size += 1
-                self._start, self._signal = start, _BUCKETS[size]
+                agreement = (1 if tokens[older] == tokens[start] else -1) if older else 0
+                self._start, self._signal = start, SIGNALS[look_up_level(size, agreement)]
                 return
 
     def _continuation(self, num_tokens: int) -> list[int]:

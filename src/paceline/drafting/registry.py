@@ -68,6 +68,24 @@ TABLE: dict[str, Entry] = {
         samples=True,
         tree=True,
     ),
+    "quantized_self": Entry(
+        f"{_PACKAGE}.self_draft:QuantizedSelfDrafter",
+        "the target's own weights in fewer bits draft for it",
+        needs="memory for the copy",
+        samples=True,
+    ),
+    "early_exit": Entry(
+        f"{_PACKAGE}.self_draft:EarlyExitDrafter",
+        "the target's first layers draft, in the target's own cache",
+        needs="a backend that runs parts",
+        samples=True,
+    ),
+    "layer_skip": Entry(
+        f"{_PACKAGE}.self_draft:LayerSkipDrafter",
+        "the target without some inner layers drafts, in the target's own cache",
+        needs="a backend that runs parts",
+        samples=True,
+    ),
     "merged": Entry(
         f"{_PACKAGE}.merged:MergedDrafter",
         "one tree of what several model-free drafters propose, for example merged:suffix|token_recycling",

@@ -1,10 +1,11 @@
 """STAND: stochastic n-gram drafting from the target's own earlier distributions (2506.04708).
 
 For every n-gram that was verified, the ten most probable next tokens and their probabilities are kept and averaged over visits.
-A draft looks up the longest n-gram at its end. Greedy requests take the most probable token; sampled ones draw from the stored
+A draft looks up the longest n-gram at its end. Greedy requests take the most probable tokens; sampled ones draw from the stored
 distribution, which is known, so that they can be verified by a ratio test. Needs the target's rows of each round: about 0.1 ms a
-row to learn. Deviations: the distribution is what is stored, renormalised after temperature and filters, and children of a node
-are drawn one after another without replacement (the law of Gumbel-top-k).
+row to learn. Deviations: the distribution is what is stored, renormalised after temperature and filters; children of a node are
+drawn one after another without replacement (the law of Gumbel-top-k); and a tree grows with the stored probabilities instead of a
+fixed template.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec, DraftSe
 from paceline.drafting.options import whole
 from paceline.drafting.rows import log_total, row_tokens, top_tokens
 from paceline.drafting.sparse import SparseRow
-from paceline.drafting.templates import LearntTemplate
+from paceline.drafting.tree_search import Children, Growth, grow_best, grow_slots
 from paceline.records import Draft, Outlook, Verdict
 from paceline.sampling import CounterRandom, Purpose
 
@@ -28,7 +29,6 @@ KEEP = 10
 """Tokens kept of a distribution."""
 _ENTRY_BYTES = 900
 _SURE = 0.6
-_RANK_GUESS = (0.5, 0.15, 0.07, 0.04, 0.03)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +100,6 @@ class StandDrafter(Drafter):
         self.options = options or StandOptions()
         self.sizes = tuple(range(self.options.max_context, self.options.min_context - 1, -1))
         self.memory = NgramMemory(self.options.max_entries)
-        self.template = LearntTemplate(_RANK_GUESS)
 
     @classmethod
     def build(cls, spec: DrafterSpec, options: StandOptions, context: DrafterContext) -> StandDrafter:
@@ -136,7 +135,6 @@ class StandSession(DraftSession):
         self._random = CounterRandom(view.seed)
         self._length = len(view.tokens)
         self._draft = Draft(())
-        self._ranks: tuple[int, ...] = ()
 
     def outlook(self, max_tokens: int) -> Outlook:
         found = self._drafter.look_up(self._context([])) if max_tokens > 0 else None
@@ -146,7 +144,12 @@ class StandSession(DraftSession):
         return Outlook(self._drafter.name, max_tokens, 2 * size - (row.probs[0] < _SURE))
 
     def propose(self, num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
-        self._draft = self._tree(num_tokens) if self._drafter.tree else self._chain(num_tokens, keep_drafting)
+        if not self._drafter.tree:
+            self._draft = self._chain(num_tokens, keep_drafting)
+        elif self._view.sampling.greedy or self._view.coupled:
+            self._draft = self._chosen_tree(num_tokens)
+        else:
+            self._draft = self._drawn_tree(num_tokens)
         return self._draft
 
     def _context(self, path: Sequence[int]) -> list[int]:
@@ -160,7 +163,7 @@ class StandSession(DraftSession):
 
     def _uniform(self, index: int) -> float:
         first = len(self._view.tokens)
-        if self._view.coupled and not self._drafter.tree:
+        if self._view.coupled:
             return self._random.uniform(first + index, Purpose.TARGET)
         return self._random.uniform(first, Purpose.DRAFT, index)
 
@@ -180,51 +183,42 @@ class StandSession(DraftSession):
         confidences = tuple(row.probs[0] for row in rows)
         return Draft(tuple(tokens), None, self._dense(rows), confidences, self._drafter.name)
 
-    def _tree(self, num_tokens: int) -> Draft:
-        """Fill the learnt template: the best children when greedy (or coupled), else children drawn without replacement.
+    def _chosen_tree(self, num_tokens: int) -> Draft:
+        """The most probable paths of the stored distributions."""
 
-        The shape is fixed before the round, but for nodes whose n-gram is unknown or whose distribution is used up; neither
-        depends on a token that could be left out.
-        """
-        chosen = self._view.sampling.greedy or self._view.coupled
-        shape = self._drafter.template.shape(num_tokens)
-        place = {-1: -1}
-        tokens: list[int] = []
-        parents: list[int] = []
-        ranks: list[int] = []
-        rows: list[SparseRow] = []
+        def children(growth: Growth, node: int) -> Children:
+            if node >= 0 and growth.tokens[node] in self._view.end_ids:
+                return ()
+            row = self._row(growth.path(node))
+            return () if row is None else tuple(zip(row.ids, row.probs, strict=True))
+
+        return grow_best(num_tokens, children).draft(num_tokens, self._drafter.name)
+
+    def _drawn_tree(self, num_tokens: int) -> Draft:
+        """Children drawn without replacement, where verification will most probably look for them."""
+        paths: dict[int, list[int]] = {-1: []}
         known: dict[int, SparseRow | None] = {}
         taken: dict[int, list[int]] = {}
-        for node, (above, rank) in enumerate(zip(shape.parents, shape.ranks, strict=True)):
-            parent = place.get(above)
-            if parent is None or (parent >= 0 and tokens[parent] in self._view.end_ids):
-                continue
+        rows: list[SparseRow] = []
+
+        def fill(parent: int) -> tuple[int, float, bool] | None:
             if parent not in known:
-                known[parent] = self._row(self._path(tokens, parents, parent))
-                taken[parent] = []
+                known[parent], taken[parent] = self._row(paths[parent]), []
             row = known[parent]
             if row is None or len(taken[parent]) >= len(row.ids):
-                continue
-            token = row.ids[rank] if chosen else row.draw(self._uniform(node), taken[parent])
+                return None
+            left = 1.0 - sum(row.prob(token) for token in taken[parent])
+            token = row.draw(self._uniform(len(rows)), taken[parent])
             taken[parent].append(token)
-            place[node] = len(tokens)
-            tokens.append(token)
-            parents.append(parent)
-            ranks.append(rank)
+            paths[len(rows)] = [*paths[parent], token]
             rows.append(row)
-        self._ranks = tuple(ranks)
-        # A drawn token's own probability must not decide whether it is verified; a chosen token's may.
-        confidences = tuple(row.prob(token) if chosen else row.probs[0] for row, token in zip(rows, tokens, strict=True))
-        dense = None if chosen else self._dense(rows)
-        return Draft(tuple(tokens), tuple(parents), dense, confidences, self._drafter.name, without_replacement=not chosen)
+            return token, min(1.0, row.prob(token) / max(left, 1e-9)), token not in self._view.end_ids
 
-    @staticmethod
-    def _path(tokens: Sequence[int], parents: Sequence[int], node: int) -> list[int]:
-        path = []
-        while node >= 0:
-            path.append(tokens[node])
-            node = parents[node]
-        return path[::-1]
+        tokens, parents, _ = grow_slots(num_tokens, fill)
+        # A drawn token's own probability must not decide whether it is verified, so confidences are those of its row.
+        confidences = tuple(row.probs[0] for row in rows)
+        dense = self._dense(rows)
+        return Draft(tuple(tokens), tuple(parents), dense, confidences, self._drafter.name, without_replacement=True)
 
     def _dense(self, rows: Sequence[SparseRow]) -> torch.Tensor | None:
         """[N, V] float32, or None for point-mass drafts."""
@@ -237,8 +231,6 @@ class StandSession(DraftSession):
 
     def observe(self, verdict: Verdict | None, target_logits: torch.Tensor | None) -> None:
         tokens, drafter, draft = self._view.tokens, self._drafter, self._draft
-        if verdict is not None and draft.parents is not None:
-            drafter.template.learn(draft.parents, self._ranks, verdict)
         if target_logits is not None:
             target_logits = target_logits[:, : drafter.vocab_size]
             for row, _ in row_tokens(tokens, self._length, draft.tokens, verdict, len(target_logits)):
@@ -251,8 +243,15 @@ class StandSession(DraftSession):
         """Tokens between the old pending token and a row, the row's own included."""
         if verdict is None:
             return self._view.tokens[self._length : self._length + row]
-        parents = self._draft.parents or tuple(range(-1, len(self._draft) - 1))
-        return self._path(self._draft.tokens, parents, row - 1)
+        tokens, parents = self._draft.tokens, self._draft.parents
+        if parents is None:
+            return list(tokens[:row])
+        path = []
+        node = row - 1
+        while node >= 0:
+            path.append(tokens[node])
+            node = parents[node]
+        return path[::-1]
 
 
 def distribution(logits: torch.Tensor) -> SparseRow:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple, Protocol
 
+from paceline.drafting.evidence import SIGNALS, look_up_level
 from paceline.records import Draft
 
 SIZES = (8, 4, 2, 1)
@@ -24,8 +25,7 @@ BREAK = -1
 """Ends a sequence; equals no token."""
 Tokens = Sequence[int]
 _BLOCK = 8
-_MATCH_BOUNDS = (2, 4, 8)
-_SURE = 0.6
+_CONTESTED, _AGREED = 0.45, 0.55
 
 
 class Place(NamedTuple):
@@ -264,6 +264,6 @@ def tree_walk(
 
 
 def evidence(found: Speculation) -> int:
-    """Bucket 1 to 8 of a proposal: length of the match (1, 2+, 4+, 8+), and whether the places agree on the first token."""
-    length = sum(found.matched >= bound for bound in _MATCH_BOUNDS)
-    return 2 * length + (2 if found.confidences[0] >= _SURE else 1)
+    """Signal of a proposal. A single place shares its vote with the text's own end, which gives one half."""
+    share = found.confidences[0]
+    return SIGNALS[look_up_level(found.matched, (share > _AGREED) - (share < _CONTESTED))]

@@ -1,4 +1,4 @@
-"""Trees that are grown in the round from a draft's own probabilities: EAGLE-2, OPT-Tree, DySpec."""
+"""Trees that are grown in the round from a draft's own probabilities: EAGLE-2, OPT-Tree, best-first, DySpec."""
 
 from __future__ import annotations
 
@@ -97,6 +97,33 @@ def opt_tree(
         if total - before < least_gain or not frontier:
             break
         before = total
+    return growth
+
+
+def grow_best(num_tokens: int, children: Callable[[Growth, int], Children]) -> Growth:
+    """The tree of `num_tokens` nodes with the largest sum of path probabilities, for drafts whose children cost nothing to look up.
+
+    children(growth, node): what may follow a node (-1: the root); empty where nothing is known. Best-first search over node values,
+    which gives OPT-Tree's optimum.
+    """
+    growth = Growth()
+    known: dict[int, Children] = {}
+    heap: list[tuple[float, int, int, int]] = []
+
+    def offer(parent: int, rank: int) -> None:
+        """Queue the child of this rank, if there is one."""
+        if rank < len(known[parent]):
+            above = growth.scores[parent] if parent >= 0 else 1.0
+            heapq.heappush(heap, (-above * known[parent][rank][1], len(growth.tokens), parent, rank))
+
+    known[-1] = children(growth, -1)
+    offer(-1, 0)
+    while heap and len(growth.tokens) < num_tokens:
+        _, _, parent, rank = heapq.heappop(heap)
+        node = growth.add(known[parent][rank][0], parent, known[parent][rank][1])
+        known[node] = children(growth, node)
+        offer(node, 0)
+        offer(parent, rank + 1)
     return growth
 
 

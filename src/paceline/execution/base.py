@@ -90,6 +90,16 @@ class Runner(ABC):
         Raises ResourceError when a sequence would exceed `info.max_context`.
         """
 
+    runs_parts: bool = False
+    """Whether `forward_part` is there."""
+
+    def forward_part(self, segments: Sequence[Segment], *, layers: int | None = None, skip: bytes | None = None) -> ForwardOutput:
+        """As `forward`, but only the first `layers` layers (then the final norm and the head), and in them without the attention
+        (bit 0 of skip[layer]) or the MLP (bit 1). Keys and values of the layers that run are those of a whole forward as long as
+        nothing below them was skipped. For self-speculative drafts; raises NotImplementedError unless `runs_parts`.
+        """
+        raise NotImplementedError(f"the {self.info.backend} backend runs whole models only")
+
     @abstractmethod
     def accept(self, sequence: SequenceHandle, rows: Sequence[int]) -> None:
         """Commit these rows (strictly increasing, a root-to-leaf path) of the sequence's last segment and forget its others.

@@ -13,6 +13,7 @@ from paceline.models.default import DEFAULT_NAME, require_default_model
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.safetensors")
+_HUB_SECONDS = 10.0
 _HUB_PICKLES = ("pytorch_model*.bin",)
 
 
@@ -66,16 +67,17 @@ def _hub_snapshot(name: str, progress: Callable[[str], None] | None) -> Path:
     except ImportError as error:
         raise ModelError(f"model = {name!r}: no such file or folder, and hub names need: pip install 'paceline[hf]'") from error
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True, allow_patterns=[*_HUB_FILES, *_HUB_PICKLES]))
-        if (folder / "config.json").is_file() and any(folder.glob(p) for p in ("*.safetensors", "*.bin")):
-            return folder
-    except Exception:  # not there yet, whatever the reason: the download below reports it
+        folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        _open_folder(folder, name)  # raises when only a part of it is there
+    except Exception:  # whatever the reason, fetching it comes next, and reports what is wrong
         pass
+    else:
+        return folder
     if progress is not None:
         progress(f"fetching {name} (once)")
     try:
-        files = huggingface_hub.list_repo_files(name)
-        weights = () if any(f.endswith(".safetensors") for f in files) else _HUB_PICKLES
+        listed = huggingface_hub.model_info(name, timeout=_HUB_SECONDS).siblings or ()
+        weights = () if any(file.rfilename.endswith(".safetensors") for file in listed) else _HUB_PICKLES
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*_HUB_FILES, *weights]))
     except Exception as error:  # offline, unknown, gated, full disk: each library version has its own kinds
         raise ModelError(

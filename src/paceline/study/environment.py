@@ -48,7 +48,7 @@ def machine() -> dict[str, Any]:
     flags = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     return {
-        "platform": platform.platform(terse=True),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "cores": usable_cores(),
         "instruction_sets": [flag for flag in CPU_FLAGS if flag in flags],

@@ -2,7 +2,7 @@
 
 `plain`                          the engine without speculation
 `DRAFT[@CONTROLLER[:NAME=VALUE]]`  the engine with these drafters and this controller: `auto`, `ngram@fixed:num_draft=4`,
-                                 `model:FOLDER`; several drafters are joined by `|`
+                                 `model:FOLDER`, `ngram,model:FOLDER`
 `transformers`, ...              peers, see `study/peers.py`
 """
 
@@ -37,6 +37,11 @@ class EngineMethod:
         return self.engine.generate(list(prompt_ids), params, plain=self.plain, task=task)
 
 
+def split_names(text: str) -> list[str]:
+    """Methods of a list: separated by semicolons if it has one (then a method may hold commas), else by commas."""
+    return [name.strip() for name in text.split(";" if ";" in text else ",") if name.strip()]
+
+
 def parse_speculation(name: str) -> SpeculationConfig:
     """`ngram@fixed:num_draft=4` -> drafters, controller and its options. Raises OptionError for an option without `=`."""
     draft, _, control = name.partition("@")
@@ -52,7 +57,7 @@ def parse_speculation(name: str) -> SpeculationConfig:
             options[key] = json.loads(value)
         except ValueError:
             options[key] = value
-    config = SpeculationConfig(draft=draft.replace("|", ","), controller_options=options)
+    config = SpeculationConfig(draft=draft, controller_options=options)
     return replace(config, controller=controller) if controller else config
 
 

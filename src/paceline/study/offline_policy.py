@@ -1,10 +1,10 @@
 """A stop-or-continue policy learnt offline from recorded rounds: how far learning gets on one regime (ours; an experiment).
 
-Fitted Q over a table (confidence bin: product of the largest probabilities so far, recent acceptance, tokens drafted), solved backwards within a
-round. The price of time is not given but found with the policy: Dinkelbach's iteration evaluates the greedy policy on the
-recorded drafts (long enough to tell what any shorter draft would have got) and sets the price to its tokens a second, until both
-agree. Trained on one draw of a regime and run on another it is an upper-bound experiment, not a controller to ship:
-it has seen the regime, and learns nothing while running.
+Fitted Q over a table (bin of the product of the draft's largest probabilities so far, recent acceptance, tokens drafted), solved
+backwards within a round. The price of time is not given but found with the policy: Dinkelbach's iteration evaluates the greedy
+policy on the recorded drafts (long enough to tell what any shorter draft would have got) and sets the price to its tokens a
+second, until both agree. Trained on one draw of a regime and run on another it is an upper-bound experiment, not a controller
+to ship: it has seen the regime, and learns nothing while running.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def plot_results(document: dict[str, Any], path: Path) -> None:
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(categories)), ["all prompts" if c == OVERALL else c for c in categories], rotation=30, ha="right")
     axes.set_ylabel("tokens per second, plain = 1")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside upper center", ncols=3, fontsize="small")
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

@@ -114,7 +114,7 @@ class TraceWriter:
 
 
 class Tracing(Controller):
-    """A controller that decides as another one does, and writes down every round."""
+    """A controller that decides as another one does, and writes down every round (the time to write counts as its own)."""
 
     def __init__(self, inner: Controller, writer: RoundSink) -> None:
         self.name = inner.name

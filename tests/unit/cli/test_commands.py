@@ -89,6 +89,14 @@ def test_explain_shows_rounds_with_reasons_and_costs(run: Run, monkeypatch: pyte
     assert "ngram: 0.100 ms a round" in outcome.stdout
 
 
+def test_explain_shows_the_calibration_of_controllers_that_keep_one(run: Run, engine: FakeEngine) -> None:
+    assert "calibration" not in run("explain", "abcd", "--raw").stdout
+    engine.controller.calibration = lambda: [{"drafter": "model:x", "predicted": 0.75, "accepted": 0.7125, "labels": 40}]
+    shown = run("explain", "abcd", "--raw").stdout
+    assert "calibration" in shown
+    assert "0.7125" in shown
+
+
 def test_explain_json_carries_steps_and_costs(run: Run) -> None:
     data = json.loads(run("explain", "abcdefgh", "--raw", "--json").stdout)
     assert [step["num_accepted"] for step in data["steps"]] == [3, 3]

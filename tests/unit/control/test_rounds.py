@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import fields
 
 import pytest
 
 from paceline.control import registry
 from paceline.control.rounds import BatchTally, Price, RoundCosts, labels, round_seconds, round_yield
+from paceline.errors import OptionError
 from unit.control.kit import COSTS, context, costs, record, shown
 
 
@@ -88,6 +90,16 @@ def test_finished_requests_leave_nothing_behind(name: str) -> None:
     for request_id in range(4, 24):
         serve(request_id)
     assert sizes() == before
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_options_of_the_wrong_kind_are_refused_by_name(name: str) -> None:
+    options = registry.controller_class(name).options_type
+    for option in fields(options):
+        if isinstance(option.default, bool):
+            continue
+        with pytest.raises(OptionError, match=f"{option.name} = "):
+            registry.create(name, costs(), {option.name: object()})
 
 
 @pytest.mark.parametrize("name", registry.names())

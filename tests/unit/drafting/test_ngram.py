@@ -23,7 +23,6 @@ def session(tokens: list[int], *, max_size: int = 4, min_size: int = 1, end_ids:
 def test_longest_match_wins_and_the_latest_occurrence_continues() -> None:
     found = session([5, 6, 7, 8, 5, 6, 9, 4, 5, 6], max_size=3)
     assert found.outlook(3).available == 3
-    assert found.outlook(3).signal == 2
     assert found.propose(3, always).tokens == (9, 4, 5)
 
 
@@ -45,12 +44,23 @@ def test_drafts_end_with_an_end_token() -> None:
     assert found.propose(5, always).tokens == (3, 0)
 
 
-def test_signal_is_the_matched_length_in_buckets() -> None:
-    text = list(range(1, 13))
-    for length, bucket in ((1, 1), (2, 2), (3, 3), (4, 4), (5, 4), (6, 6), (7, 6), (8, 8), (11, 8)):
-        tokens = [50, *text, 60, *text[-length:]]
-        tokens.insert(len(tokens) - length, 70)
-        assert session(tokens).outlook(4).signal == bucket, length
+def test_signal_grows_with_the_matched_length() -> None:
+    text = list(range(1, 30))
+    signals = []
+    for length in (1, 2, 3, 5, 6, 15, 16, 25):
+        tokens = [50, *text, 60, 70, *text[-length:]]
+        signals.append(session(tokens).outlook(4).signal)
+    assert signals[2] == signals[3]
+    assert signals[4] == signals[5]
+    assert signals[6] == signals[7]
+    assert sorted(set(signals)) == [signals[i] for i in (0, 1, 2, 4, 6)]
+
+
+def test_signal_tells_agreement_from_contradiction() -> None:
+    once = session([1, 2, 3, 9, 8, 1, 2]).outlook(4).signal
+    agreed = session([1, 2, 3, 9, 1, 2, 3, 8, 1, 2]).outlook(4).signal
+    contested = session([1, 2, 4, 9, 1, 2, 3, 8, 1, 2]).outlook(4).signal
+    assert contested < once < agreed
 
 
 def test_short_matches_are_ignored_when_asked() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.drafting.tree_plan import best_first, choose_size, from_counts, sequoia
-from paceline.drafting.tree_search import Growth, expand_and_rerank, grow_slots, opt_tree
+from paceline.drafting.tree_search import Growth, expand_and_rerank, grow_best, grow_slots, opt_tree
 from paceline.drafting.trees import best_path_first, depths, merge, path_scores, select, shape_of, top_nodes
 from paceline.records import Draft
 
@@ -93,6 +93,14 @@ def test_opt_tree_worked_example(least_gain: float, levels: int) -> None:
     assert len(passes) == levels
     assert words(draft) == {"a", "b", "ad", "bg"}
     assert expected_emitted(draft) == pytest.approx(2.47)
+
+
+def test_best_first_growth_gives_the_optimal_tree() -> None:
+    growth = grow_best(5, lambda growth, node: toy_children("".join(map(chr, growth.path(node)))))
+    draft = growth.draft(5, "toy")
+    assert words(draft) == {"a", "b", "ad", "bg", "bgp"}
+    assert expected_emitted(draft) == pytest.approx(2.7265)
+    assert len(grow_best(5, lambda growth, node: ()).tokens) == 0
 
 
 def test_slots_are_filled_by_the_chance_that_they_are_reached() -> None:

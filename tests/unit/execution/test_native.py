@@ -143,7 +143,7 @@ def test_only_the_rows_asked_for_come_back() -> None:
 def test_leaving_after_a_layer_equals_a_model_of_that_many_layers() -> None:
     run, tokens = runner("llama"), ids(12)
     sequence = run.open()
-    early = run.forward([Segment(sequence, tokens)], run_layers=1).logits.clone()
+    early = run.forward_part([Segment(sequence, tokens)], layers=1).logits.clone()
     model = stock_model("native_llama")
     with torch.no_grad():
         states = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states[1][0]

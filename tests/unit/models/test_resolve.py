@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,23 +76,25 @@ def test_a_path_that_does_not_exist_is_refused_without_asking_the_hub(name: str,
     assert message(name).startswith(f"model = {name!r}: no such file or folder; give ")
 
 
-def test_a_hub_name_is_fetched_once_and_then_taken_from_the_cache(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cached", ["nothing", "a part", "all"])
+def test_a_hub_name_is_fetched_only_when_it_is_not_whole_in_the_cache(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: str
+) -> None:
     hub = pytest.importorskip("huggingface_hub")
-    asked: list[bool] = []
 
-    def snapshot(name: str, *, allow_patterns: list[str], local_files_only: bool = False) -> str:
-        asked.append(local_files_only)
-        if local_files_only and len(asked) == 1:
-            raise FileNotFoundError("not in the cache")
-        return str(model_folder)
+    def snapshot(name: str, *, local_files_only: bool = False, allow_patterns: list[str] | None = None) -> str:
+        if local_files_only and cached == "nothing":
+            raise FileNotFoundError(name)
+        return str(tmp_path if local_files_only and cached == "a part" else model_folder)
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
-    monkeypatch.setattr(hub, "list_repo_files", lambda name: ["config.json", "model.safetensors"])
+    files = [SimpleNamespace(rfilename=path.name) for path in model_folder.iterdir()]
+    monkeypatch.setattr(hub, "model_info", lambda name, timeout: SimpleNamespace(siblings=files))
     said: list[str] = []
-    assert open_model("org/model", progress=said.append).name == "org/model"
-    assert open_model("org/model", progress=said.append).name == "org/model"
-    assert asked == [True, False, True]
-    assert said == ["fetching org/model (once)"]
+    source = open_model("org/model", progress=said.append)
+    assert isinstance(source, HFFolderSource)
+    assert (source.name, source.folder) == ("org/model", model_folder)
+    assert said == ([] if cached == "all" else ["fetching org/model (once)"])
 
 
 def test_an_unknown_or_unreachable_hub_name_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +104,7 @@ def test_an_unknown_or_unreachable_hub_name_is_one_line(monkeypatch: pytest.Monk
         raise OSError("name resolution failed\nmany more lines")
 
     monkeypatch.setattr(hub, "snapshot_download", fail)
-    monkeypatch.setattr(hub, "list_repo_files", fail)
+    monkeypatch.setattr(hub, "model_info", fail)
     text = message("org/model")
     assert "model = 'org/model': no such file or folder here" in text
     assert "check the name and the network" in text

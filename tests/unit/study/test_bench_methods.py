@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +15,8 @@ from fake_engine import FakeEngine
 from paceline.config import SamplingParams, SpeculationConfig
 from paceline.errors import OptionError, PacelineError
 from paceline.study import report
-from paceline.study.methods import EngineMethod, make_methods, parse_speculation
-from paceline.study.peers import TransformersMethod, peer_result, refuse_unsupported
+from paceline.study.methods import EngineMethod, make_methods, parse_speculation, split_names
+from paceline.study.peers import PEERS, TransformersMethod, peer_result, refuse_unsupported
 
 
 def test_method_names_carry_drafters_controller_and_options() -> None:
@@ -22,7 +24,12 @@ def test_method_names_carry_drafters_controller_and_options() -> None:
     assert parse_speculation("ngram@fixed:num_draft=4:mode=x") == SpeculationConfig(
         draft="ngram", controller="fixed", controller_options={"num_draft": 4, "mode": "x"}
     )
-    assert parse_speculation("ngram|model:some/folder@pacer").draft == "ngram,model:some/folder"
+    assert parse_speculation("ngram,model:some/folder@pacer").draft == "ngram,model:some/folder"
+
+
+def test_methods_are_separated_by_commas_unless_a_semicolon_is_there() -> None:
+    assert split_names("plain, auto") == ["plain", "auto"]
+    assert split_names("plain;ngram,model:x@fixed; ") == ["plain", "ngram,model:x@fixed"]
 
 
 @pytest.mark.parametrize("name", ["@fixed", "ngram@", "ngram@fixed:num_draft"])
@@ -119,3 +126,53 @@ def test_plot_is_a_picture_and_needs_two_methods(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(OptionError, match="nothing to draw"):
         report.plot_results({"results": rows[:2]}, picture)
+
+
+@pytest.fixture
+def llama(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A stand-in for llama-cpp-python that says 5, 6, 7, end, 8."""
+    made: list[dict[str, Any]] = []
+
+    class Llama:
+        def __init__(self, **options: Any) -> None:
+            made.append(options)
+
+        def reset(self) -> None:
+            made[-1]["reset"] = True
+
+        def generate(self, tokens: list[int], **options: Any) -> Any:
+            assert tokens == [1, 2]
+            assert options["temp"] == 0.0
+            yield from (5, 6, 7, 0, 8)
+
+    package, speculative = ModuleType("llama_cpp"), ModuleType("llama_cpp.llama_speculative")
+    package.Llama = Llama  # type: ignore[attr-defined]
+    package.__spec__ = ModuleSpec("llama_cpp", None)
+    speculative.LlamaPromptLookupDecoding = lambda num_pred_tokens: f"lookup {num_pred_tokens}"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "llama_cpp", package)
+    monkeypatch.setitem(sys.modules, "llama_cpp.llama_speculative", speculative)
+    return made
+
+
+def test_llama_cpp_runs_the_same_file_and_stops_where_we_stop(llama: list[dict[str, Any]]) -> None:
+    engine: Any = FakeEngine()
+    with pytest.raises(OptionError, match="needs a model that is a GGUF file"):
+        PEERS["llama.cpp"]("llama.cpp", engine)
+    engine.source.path = "model.gguf"
+    method = PEERS["llama.cpp:prompt_lookup"]("llama.cpp:prompt_lookup", engine)
+    assert method.generate([1, 2], SamplingParams(), "").token_ids == (5, 6, 7, 0)
+    assert method.generate([1, 2], SamplingParams(max_tokens=2), "").token_ids == (5, 6)
+    assert method.generate([1, 2], SamplingParams(ignore_eos=True), "").token_ids == (5, 6, 7, 0, 8)
+    assert llama[-1]["model_path"] == "model.gguf"
+    assert llama[-1]["draft_model"] == "lookup 10"
+    assert llama[-1]["reset"] is True
+    with pytest.raises(OptionError, match="temperature = 1"):
+        method.generate([1, 2], SamplingParams(temperature=1.0), "")
+
+
+def test_missing_llama_cpp_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.setattr("paceline.study.peers.find_spec", lambda name: None)
+    engine: Any = FakeEngine()
+    with pytest.raises(OptionError, match="llama-cpp-python is not installed"):
+        PEERS["llama.cpp"]("llama.cpp", engine)

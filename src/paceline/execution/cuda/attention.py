@@ -124,7 +124,11 @@ def _tail(
     WINDOW: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The last keys of one row and one kv head, then the join with the row's chunks."""
+    """The last keys of one row and one kv head, then the join with the row's chunks.
+
+    `_chunks` lets this kernel start once queries, keys and values are there: only the chunks' sums must be waited for. Loads
+    before that wait go past the first-level cache, which may hold the layer before.
+    """
     if OVERLAP:
         gdc_launch_dependents()
     row, head = tl.program_id(0), tl.program_id(1)
@@ -141,22 +145,23 @@ def _tail(
     page = tl.load(tables + sequence * table_stride + slot // 64, mask=seen, other=0)
     at = ((page.to(tl.int64) * KV_HEADS + head) * 64 + slot % 64) * D
     d = tl.arange(0, D)
-    k = tl.load(keys + at[:, None] + d[None, :], mask=seen[:, None], other=0.0)
-    v = tl.load(values + at[:, None] + d[None, :], mask=seen[:, None], other=0.0)
-    if OVERLAP:
-        gdc_wait()
+    k = tl.load(keys + at[:, None] + d[None, :], mask=seen[:, None], other=0.0, cache_modifier=".cg")
+    v = tl.load(values + at[:, None] + d[None, :], mask=seen[:, None], other=0.0, cache_modifier=".cg")
     first_chunk = 0
     if WINDOW > 0:
         first_chunk = tl.maximum(position - WINDOW + 1, 0) // CHUNK
     chunks = (limit + CHUNK - 1) // CHUNK
     for member in tl.static_range(GROUP):
         query_head = (row * KV_HEADS + head) * GROUP + member
-        query = tl.load(q + query_head * D + d).to(tl.float32) * scale
+        query = tl.load(q + query_head * D + d, cache_modifier=".cg").to(tl.float32) * scale
         scores = tl.where(seen, tl.sum(k.to(tl.float32) * query[None, :], 1), float("-inf"))
         peak = tl.max(scores, 0)
         weight = tl.exp2(scores - peak)
         total = tl.sum(weight, 0)
         result = tl.sum(v.to(tl.float32) * weight[:, None], 0)
+        if OVERLAP:
+            if member == 0:
+                gdc_wait()
         for start in range(first_chunk // JOIN * JOIN, chunks, JOIN):
             chunk = start + tl.arange(0, JOIN)
             known = (chunk < chunks) & (chunk >= first_chunk)

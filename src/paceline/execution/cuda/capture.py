@@ -147,6 +147,10 @@ class Graphs:
         fill()
         graph.replay()
 
+    def again(self, key: object) -> None:
+        """Replay a graph that was captured, on the inputs that are in place."""
+        self._graphs[key].replay()
+
     def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         run()  # compiles what is missing, which a capture must not
         torch.cuda.synchronize()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from paceline.execution.cuda.capture import Layout, Shape
 from paceline.execution.cuda.linears import MAX_ROWS, PackedLinear, Tuning
-from paceline.execution.cuda.paging import PAGE, PagedCache, PagedSequence
+from paceline.execution.cuda.paging import PagedCache, PagedSequence
 from paceline.execution.structure import LayerWeights, LeanSpec, Matrix, ModelWeights
 
 _TILE = 16
@@ -237,6 +237,3 @@ def _ancestry(parents: Sequence[int] | None, count: int, start: int) -> tuple[to
             seen[node] = seen[parent]
         seen[node, start + node] = True
     return depths, seen
-
-
-__all__ = ["PAGE", "Decoder", "misfit"]

@@ -88,7 +88,7 @@ def _checked(result: tuple[Any, ...]) -> Any:
 
 def _binary(text: bytes, defines: dict[str, int]) -> bytes:
     """The machine code for the current device, from the cache folder or compiled now."""
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = _capability()
     options = [f"--gpu-architecture=sm_{major}{minor}", "-std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
     version = _checked_compile(nvrtc.nvrtcVersion())
     key = hashlib.sha256(repr((text, options, version)).encode()).hexdigest()[:32]
@@ -99,6 +99,10 @@ def _binary(text: bytes, defines: dict[str, int]) -> bytes:
     with suppress(CacheError):  # an unwritable cache costs a few seconds at each start, nothing else
         atomic_write(path, binary)
     return binary
+
+
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
 
 
 def compile_source(text: bytes, options: list[str]) -> bytes:

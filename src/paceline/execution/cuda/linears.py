@@ -103,9 +103,7 @@ class PackedLinear:
         self.bias = None if bias is None else F.pad(bias.float()[on_device], (0, self.tiles * TILE - len(bias)))
         self._cluster = cluster_size(self.packed.rows, self.packed.inputs)
 
-    def launch(
-        self, epilogue: str, rows: int, x: torch.Tensor, out: torch.Tensor, *, overlap: bool = True, **more: Any
-    ) -> None:
+    def launch(self, epilogue: str, rows: int, x: torch.Tensor, out: torch.Tensor, *, overlap: bool = True, **more: Any) -> None:
         """out[n] = finish(weight @ x[n]) for n < rows <= 64.
 
         x: [>= rows, inputs] bfloat16. overlap: the kernel before this one may still run (not one that made what the kernels

@@ -39,26 +39,30 @@ static void write_kv(Segment *s, size_t region, int dim, int slot, const float *
   }
 }
 
-/* scores[r][16 b ..] for rows r and key blocks b .. b + blocks: each a sum over D in order. */
-INLINE void score_blocks(const float *const *q, const uint8_t *keys, size_t at, int dim, float scale, const int rows,
+/* scores[r][16 b ..] for rows r and key blocks b .. b + blocks: each a sum over D in order. On the way it asks memory for the keys
+ * of the next blocks and for the values of these: a long context does not fit the caches. */
+INLINE void score_blocks(const float *const *q, const uint8_t *keys, const uint8_t *values, size_t at, int dim, float scale, const int rows,
                          const int blocks, int b, float *scores, int stride, const int f32) {
   v16 acc[8];
   for (int i = 0; i < rows * blocks; i++) acc[i] = splat(0);
   size_t block0 = at + (size_t)b * dim * 16;
   for (int d = 0; d < dim; d++)
     for (int j = 0; j < blocks; j++) {
-      v16 k = load_kv(keys, block0 + ((size_t)j * dim + d) * 16, f32);
+      size_t element = block0 + ((size_t)j * dim + d) * 16;
+      v16 k = load_kv(keys, element, f32);
+      if (d % 2) __builtin_prefetch(values + (element << (1 + f32)), 0, 2);
+      else __builtin_prefetch(keys + ((element + (size_t)blocks * dim * 16) << (1 + f32)), 0, 2);
       for (int r = 0; r < rows; r++) acc[r * blocks + j] = FMA(k, splat(q[r][d]), acc[r * blocks + j]);
     }
   for (int r = 0; r < rows; r++)
     for (int j = 0; j < blocks; j++) store16(scores + (size_t)r * stride + 16 * (b + j), acc[r * blocks + j] * splat(scale));
 }
 
-INLINE void score_rows(const float *const *q, const uint8_t *keys, size_t at, int dim, float scale, const int rows,
+INLINE void score_rows(const float *const *q, const uint8_t *keys, const uint8_t *values, size_t at, int dim, float scale, const int rows,
                        const int wide, int first, int last, float *scores, int stride, const int f32) {
   int b = first;
-  for (; b + wide <= last; b += wide) score_blocks(q, keys, at, dim, scale, rows, wide, b, scores, stride, f32);
-  for (; b < last; b++) score_blocks(q, keys, at, dim, scale, rows, 1, b, scores, stride, f32);
+  for (; b + wide <= last; b += wide) score_blocks(q, keys, values, at, dim, scale, rows, wide, b, scores, stride, f32);
+  for (; b < last; b++) score_blocks(q, keys, values, at, dim, scale, rows, 1, b, scores, stride, f32);
 }
 
 /* Softmax of n scores in place, unnormalised; returns the sum. Padded up to a multiple of 16. */
@@ -108,7 +112,7 @@ INLINE void attend_block(const Segment *s, size_t region, const AttentionSpec *a
     if (start[r] < lowest) lowest = start[r];
   }
   const int wide = rows == 1 ? 4 : 2;
-  score_rows(q, s->keys, at, a->dim, a->scale, rows, wide, lowest / 16, (slots + 15) / 16, scratch, stride, f32);
+  score_rows(q, s->keys, s->values, at, a->dim, a->scale, rows, wide, lowest / 16, (slots + 15) / 16, scratch, stride, f32);
 
   uint8_t branch[4][64]; /* rows of the segment that each tree row sees, in order */
   float inverse[4];

@@ -276,15 +276,19 @@ class NativeRunner(Runner):
 
     # ---------- the forward ----------
 
-    def forward(
-        self, segments: Sequence[Segment], *, want_hidden: bool = False, run_layers: int | None = None, skip: bytes | None = None
-    ) -> ForwardOutput:
-        """As in the contract; `run_layers` leaves after that many layers (early exit), `skip[layer]` bit 0 leaves out its
-        attention, bit 1 its MLP. A sequence must not appear twice."""
+    runs_parts = True
+
+    def forward(self, segments: Sequence[Segment], *, want_hidden: bool = False) -> ForwardOutput:
+        return self._forward(segments, want_hidden, self.spec.layers, None)
+
+    def forward_part(self, segments: Sequence[Segment], *, layers: int | None = None, skip: bytes | None = None) -> ForwardOutput:
+        return self._forward(segments, False, self.spec.layers if layers is None else layers, skip)
+
+    def _forward(self, segments: Sequence[Segment], want_hidden: bool, layers: int, skip: bytes | None) -> ForwardOutput:
         wanted = [len(s.tokens) if s.num_logits is None else s.num_logits for s in segments]
         total = sum(wanted)
         self._reserve(total, want_hidden)
-        self._batch.run_layers = self.spec.layers if run_layers is None else run_layers
+        self._batch.run_layers = layers
         self._batch.skip = ctypes.cast(ctypes.c_char_p(skip), ctypes.c_void_p) if skip is not None else None
         rows = done = count = asked = 0  # of the call being put together
         for segment, logit_rows in zip(segments, wanted, strict=True):
