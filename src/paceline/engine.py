@@ -192,8 +192,9 @@ class Engine:
 
         first, outcomes = 0, []
         for request, step in zip(requests, steps, strict=True):
-            logits = output.logits[first : first + len(step.draft) + 1]
-            verdict = request.verify(step.draft, logits)
+            rows_of = slice(first, first + len(step.draft) + 1)
+            logits, best = output.logits[rows_of], output.best[rows_of] if output.best is not None else None
+            verdict = request.verify(step.draft, logits, best)
             text, kept = request.commit(step, verdict, self.runner, logits)
             outcomes.append((verdict, text, kept))
             first += len(step.draft) + 1

@@ -134,8 +134,9 @@ class Request:
 
     # ---------- verify and commit ----------
 
-    def verify(self, draft: Draft, logits: torch.Tensor) -> Verdict:
-        """Judge the draft. logits: [len(draft) + 1, V], the row of the pending token first."""
+    def verify(self, draft: Draft, logits: torch.Tensor, best: Sequence[int] | None) -> Verdict:
+        """Judge the draft. logits: [len(draft) + 1, V], the row of the pending token first; best: as in `ForwardOutput`."""
+        padded = self._vocab_size is not None and self._vocab_size < logits.shape[1]
         rows = SampledRows(
             logits,
             self.params,
@@ -144,6 +145,7 @@ class Request:
             draft,
             end_ids=self._stop_ids,
             vocab_size=self._vocab_size,
+            argmaxes=None if padded else best,
         )
         chosen = choose_rule(self._rule, self.params, draft, seeded=self.params.seed is not None)
         verdict = chosen.verify(rows, draft, self._random, len(self.tokens))

@@ -19,9 +19,13 @@ from paceline.records import StepRecord
 POSITIONS = 16
 """Positions with counts of their own; later ones share those of the last."""
 
-_PRIOR = (0.7, 0.25, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
-"""Chance of acceptance before anything was seen, by signal bucket. Bucket 0 is a drafter that gives no signal."""
-NUM_BUCKETS = len(_PRIOR)
+_FIRST = (0.7, 0.17, 0.27, 0.45, 0.65, 0.7, 0.75, 0.8, 0.85, 0.93, 0.98)
+"""Chance that a first position is accepted before anything was seen, by signal bucket: matched suffixes of 1, 2, ... tokens, as
+found with n-grams on instruction data. Bucket 0 is a drafter that gives no signal."""
+NUM_BUCKETS = len(_FIRST)
+_PRIOR = tuple((first, *(first if bucket == 0 else 0.5 + 0.4 * first,) * (POSITIONS - 1)) for bucket, first in enumerate(_FIRST))
+"""The same for positions 1, 2, ...: a match that held once is longer, and likelier to hold again, than its signal says."""
+_SURPRISE, _ALARM = 8.0, 5.0
 _HALF_LIFE = 512.0
 """Tokens after which a request's evidence counts half, whether or not new evidence came."""
 
@@ -50,11 +54,11 @@ class PositionTable:
 
     __slots__ = ("_discount", "hits", "means", "seen", "totals")
 
-    def __init__(self, discount: float, prior: float, weight: float) -> None:
+    def __init__(self, discount: float, prior: Sequence[float], weight: float) -> None:
         self._discount = discount
-        self.hits = [prior * weight] * POSITIONS
+        self.hits = [rate * weight for rate in prior]
         self.totals = [weight] * POSITIONS
-        self.means = [prior] * POSITIONS
+        self.means = list(prior)
         self.seen = 0
         """Number of positions that were ever observed."""
 
@@ -70,8 +74,8 @@ class PositionTable:
             self.seen = min(len(labels), POSITIONS)
 
     def rates(self, count: int) -> list[float]:
-        """a_1 .. a_count; a position beyond anything seen takes the last one seen."""
-        seen = self.seen or 1
+        """a_1 .. a_count; a position beyond anything seen takes the last one seen (of two at least: a first one differs)."""
+        seen = self.seen if self.seen > 1 else POSITIONS
         if count <= seen:
             return self.means[:count]
         return self.means[:seen] + [self.means[seen - 1]] * (count - seen)
@@ -87,18 +91,45 @@ class PositionTable:
         self.seen = seen
 
 
+class _Change:
+    """Page's test for a change: evidence since the odds may have been multiplied by `factor`."""
+
+    __slots__ = ("_factor", "_score", "count", "expected", "hits")
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+        self._score = 0.0
+        self.hits = self.expected = self.count = 0.0
+
+    def noticed(self, count: int, hits: float, expected: float, odds: float) -> bool:
+        """Count labels; odds: the factor believed so far. True when labels speak for the change beyond doubt."""
+        mean = min(max(expected / count, 0.005), 0.995)
+        now = odds * mean / (1.0 + (odds - 1.0) * mean)
+        scale = 1.0 + (self._factor - 1.0) * now
+        self._score += hits * math.log(self._factor) - count * math.log(scale)
+        if self._score <= 0.0:
+            self._score = self.hits = self.expected = self.count = 0.0
+            return False
+        self.hits += hits
+        self.expected += expected
+        self.count += count
+        return self._score > _ALARM
+
+
 class Shift:
     """By how much something does better or worse than predicted, as a factor on the odds.
 
     discount: fading for each label; weight: labels that the prediction counts for.
     """
 
-    __slots__ = ("_discount", "_expected", "_hits", "_last", "_weight", "odds", "total")
+    __slots__ = ("_better", "_discount", "_expected", "_hits", "_last", "_weight", "_worse", "odds", "total")
 
     def __init__(self, discount: float, weight: float) -> None:
         self._discount = discount
         self._weight = weight
         self._hits = self._expected = 0.0
+        self._worse = _Change(1.0 / _SURPRISE)
+        self._better = _Change(_SURPRISE)
         self._last = 0
         self.total = 0.0
         """Labels, discounted."""
@@ -106,6 +137,11 @@ class Shift:
 
     def update(self, count: int, hits: float, expected: float, now: int = 0) -> None:
         """Count labels by their number, sum and predicted sum; now: emitted tokens, for ageing."""
+        for change in (self._worse, self._better):
+            if change.noticed(count, hits, expected, self.odds):
+                self._hits, self._expected, self.total = change.hits - hits, change.expected - expected, change.count - count
+                self._worse, self._better = _Change(1.0 / _SURPRISE), _Change(_SURPRISE)
+                break
         keep = self._discount**count
         if now != self._last:
             keep *= 0.5 ** ((now - self._last) / _HALF_LIFE)
@@ -130,7 +166,7 @@ class AcceptanceModel:
     pool_discount, request_discount: fading for each label; weight: labels that a request's prediction counts for.
     """
 
-    def __init__(self, pool_discount: float = 0.99, request_discount: float = 0.95, weight: float = 5.0) -> None:
+    def __init__(self, pool_discount: float = 0.99, request_discount: float = 0.96, weight: float = 6.0) -> None:
         self._pool_discount = pool_discount
         self._request_discount = request_discount
         self._weight = weight
@@ -141,7 +177,7 @@ class AcceptanceModel:
     def rates(self, request_id: int, task: str, drafter: str, bucket: int, count: int) -> list[float]:
         """Estimated chances a_1 .. a_count that a position is accepted, given that those before it were."""
         pool = self._pools.get((task, drafter, bucket))
-        rates = pool.rates(count) if pool is not None else [self._start(drafter, bucket)] * count
+        rates = (pool if pool is not None else self._new_pool(drafter, bucket)).rates(count)
         shifts = self._requests.get(request_id)
         shift = shifts.get(drafter) if shifts is not None else None
         return shift.apply(rates) if shift is not None else rates
@@ -172,7 +208,8 @@ class AcceptanceModel:
         level = self._levels.get(drafter)
         if level is None:
             level = self._levels[drafter] = Shift(self._pool_discount, self._weight)
-        level.update(count, hits, _PRIOR[bucket] * count)
+        prior = _PRIOR[bucket]
+        level.update(count, hits, sum(prior[:count]) + prior[-1] * max(0, count - POSITIONS))
         pool.update(labels)
 
     def forget(self, request_id: int) -> None:
@@ -197,8 +234,5 @@ class AcceptanceModel:
             self._pools[(task, drafter, bucket)] = pool
 
     def _new_pool(self, drafter: str, bucket: int) -> PositionTable:
-        return PositionTable(self._pool_discount, self._start(drafter, bucket), 3.0)
-
-    def _start(self, drafter: str, bucket: int) -> float:
-        level = self._levels.get(drafter)
-        return level.apply([_PRIOR[bucket]])[0] if level is not None else _PRIOR[bucket]
+        prior, level = _PRIOR[bucket], self._levels.get(drafter)
+        return PositionTable(self._pool_discount, level.apply(list(prior)) if level is not None else prior, 3.0)

@@ -80,9 +80,11 @@ class Arbiter:
 
     def _close_window(self) -> None:
         estimate = self._estimate
-        estimate.update(self._worth / self._seconds if self._seconds > 0.0 else 1.0)
+        value = self._worth / self._seconds if self._seconds > 0.0 else 1.0
+        estimate.update(value)
         self._rounds, self._worth, self._seconds = 0, 0.0, 0.0
-        if not better(estimate.value, 1.0, estimate.deviation, 0.0):
+        # A bad start that is over already must not count against the present.
+        if not (better(estimate.value, 1.0, estimate.deviation, 0.0) and better(value, 1.0, 0.0, 0.0)):
             self._against = 0
             return
         self._against += 1

@@ -262,7 +262,7 @@ class Pacer(Controller):
     def _may_probe(self, context: RoundContext, offer: _Offer, plain: float, speed: float, lane: _Lane) -> bool:
         """Whether an offer that does not win should be tried once more; speed: of what wins, relative to plain."""
         spent = offer.seconds[offer.num_draft] / plain if _alone(context) else offer.emitted + 1.0 - offer.merit
-        loss = max(0.0, speed * spent - offer.emitted)
+        loss = max(0.0, spent - offer.emitted / speed)
         if lane.purse.slack < loss * plain / context.batch_size:
             return False
         drafter = offer.outlook.drafter

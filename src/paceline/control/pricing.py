@@ -116,11 +116,11 @@ class Line:
     fixed, per_token: the guess; weight: rounds that it counts for (0: replaced by the first round seen).
     """
 
-    __slots__ = ("_n", "_nn", "_nt", "_t", "_w", "_worst", "fixed", "per_token")
+    __slots__ = ("_guess", "_n", "_nn", "_nt", "_t", "_w", "fixed", "per_token")
 
     def __init__(self, fixed: float, per_token: float, weight: float) -> None:
         self.fixed, self.per_token = fixed, per_token
-        self._worst = (fixed, per_token)
+        self._guess = (fixed, per_token)
         self._w = self._n = self._nn = self._t = self._nt = 0.0
         if weight > 0.0:
             for tokens in (1, 8):
@@ -128,7 +128,7 @@ class Line:
 
     def worst(self, tokens: int) -> float:
         """The larger of what was guessed and what was learnt."""
-        fixed, per_token = self._worst
+        fixed, per_token = self._guess
         return max(fixed + per_token * tokens, self.fixed + self.per_token * tokens)
 
     def learn(self, tokens: int, seconds: float) -> None:
@@ -143,10 +143,13 @@ class Line:
         self._t *= keep
         self._nt *= keep
         self._add(tokens, max(0.0, seconds), 1.0)
-        spread = self._w * self._nn - self._n * self._n
-        if spread > 1e-6 * self._w * self._nn:
-            self.per_token = max(0.0, (self._w * self._nt - self._n * self._t) / spread)
-        self.fixed = max(0.0, (self._t - self.per_token * self._n) / self._w)
+        # Rounds of one length cannot tell the slope: it stays near the guess, unless that is impossible.
+        spread = self._nn - self._n * self._n / self._w + 1.0
+        slope = (self._nt - self._n * self._t / self._w + self._guess[1]) / spread
+        self.per_token = slope if slope > 0.0 else 0.0
+        self.fixed = (self._t - self.per_token * self._n) / self._w
+        if self.fixed < 0.0:
+            self.fixed, self.per_token = 0.0, self._t / self._n
 
     def _add(self, tokens: int, seconds: float, weight: float) -> None:
         self._w += weight

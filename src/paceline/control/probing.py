@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
+_IN_A_ROW = 4
+
 
 class _State:
     __slots__ = ("again", "interval", "last")
@@ -11,7 +13,7 @@ class _State:
     def __init__(self, last: int, interval: float) -> None:
         self.last = last
         self.interval = interval
-        self.again = False
+        self.again = 0
 
 
 class ProbeSchedule:
@@ -22,7 +24,7 @@ class ProbeSchedule:
     has grown (8.4, changes of regime). boost: how much more may be spent while the evidence against a key is weak.
     """
 
-    def __init__(self, first: int = 64, last: int = 2048, budget: float = 0.001, boost: float = 16.0) -> None:
+    def __init__(self, first: int = 64, last: int = 2048, budget: float = 0.001, boost: float = 32.0) -> None:
         self._first, self._last, self._budget, self._boost = first, last, budget, boost
         self._states: dict[Hashable, _State] = {}
 
@@ -35,14 +37,14 @@ class ProbeSchedule:
         if state is None:
             state = self._states[key] = _State(now, self._first)
         affordable = loss / (self._budget * (1.0 + self._boost * doubt))
-        return state.again or now - state.last >= min(state.interval, affordable)
+        return state.again > 0 or now - state.last >= min(state.interval, affordable)
 
     def probed(self, key: Hashable, now: int, accepted: bool) -> None:
-        """A probe ran. One that was accepted may be followed by another at once; one that was not waits twice as long."""
+        """A probe ran. Accepted ones are followed by more at once, a few in a row; else the next one waits twice as long."""
         state = self._states.setdefault(key, _State(now, self._first))
         state.last = now
-        state.again = accepted
-        if not accepted:
+        state.again = (state.again + 1) % _IN_A_ROW if accepted else 0
+        if not state.again:
             state.interval = min(2 * state.interval, self._last)
 
     def pays(self, key: Hashable, now: int) -> None:
@@ -50,4 +52,4 @@ class ProbeSchedule:
         state = self._states.setdefault(key, _State(now, self._first))
         state.last = now
         state.interval = self._first
-        state.again = False
+        state.again = 0

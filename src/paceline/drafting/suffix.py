@@ -31,7 +31,7 @@ class SuffixOptions:
     max_places: int = 16
     """Most earlier places that vote."""
     store_tokens: int = 500_000
-    """Tokens of past outputs that are kept, oldest requests dropped first; 0 keeps none. About 36 bytes each."""
+    """Tokens of past outputs that are kept, oldest requests dropped first; 0 keeps none. About 28 bytes each."""
 
     def __post_init__(self) -> None:
         number("factor", self.factor, 0.1, 100.0)

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 from paceline.drafting.evidence import SIGNALS, look_up_level
 from paceline.records import Draft
 
-SIZES = (8, 4, 2, 1)
+SIZES = (6, 3, 1)
 """Lengths of the n-grams that are chained, longest first."""
 BREAK = -1
 """Ends a sequence; equals no token."""
@@ -74,7 +74,7 @@ class SuffixIndex:
     """Token sequences that can be asked where they contain the end of a text. Not thread-safe."""
 
     def __init__(self, table_bits: int = 13) -> None:
-        """table_bits: the chains' heads take 2^table_bits * 32 bytes; collisions only cost time."""
+        """table_bits: the chains' heads take 2^table_bits * 24 bytes; collisions only cost time."""
         self._tokens = array("i")
         self._base = 0  # tokens dropped so far: chains hold positions that count from the very first token
         self._mask = (1 << table_bits) - 1

@@ -49,6 +49,9 @@ class ForwardOutput:
     """[R, V] float32."""
     hidden: torch.Tensor | None = None
     """[R, H] last hidden states (after the final norm), if asked for."""
+    best: list[int] | None = None
+    """Per row the token of the largest logit, the lowest of equals, -1 where a logit is not finite; None where the backend leaves
+    that to the caller."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,8 +94,8 @@ def test_line_learns_fixed_and_marginal_time() -> None:
     line = Line(0.0, 0.0, 0.0)
     for tokens in (1, 4, 2, 8, 3) * 10:
         line.learn(tokens, 0.5 + 0.25 * tokens)
-    assert line.fixed == pytest.approx(0.5)
-    assert line.per_token == pytest.approx(0.25)
+    assert line.fixed == pytest.approx(0.5, rel=0.05)
+    assert line.per_token == pytest.approx(0.25, rel=0.05)
 
 
 def test_line_with_one_length_only_predicts_that_length() -> None:

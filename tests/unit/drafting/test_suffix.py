@@ -189,7 +189,7 @@ def test_store_drops_the_oldest_requests_and_stays_within_its_bound() -> None:
     bytes_now = store.memory_bytes()
     for request in range(50):
         store.add(list(range(request, request + 12)))
-    assert store.memory_bytes() <= bytes_now + 36 * 100
+    assert store.memory_bytes() <= bytes_now + 28 * 100
 
 
 def test_an_output_longer_than_the_store_keeps_its_end() -> None:

@@ -151,6 +151,21 @@ def test_leaving_after_a_layer_equals_a_model_of_that_many_layers() -> None:
     assert torch.allclose(early, want, atol=1e-4)
 
 
+def test_the_best_token_of_each_row_is_the_lowest_of_its_largest_logits() -> None:
+    run, tokens = runner("qwen2", "bf16"), ids(30)
+    out = run.forward([Segment(run.open(), tokens)])
+    assert out.best == out.logits.argmax(-1).tolist()
+
+
+def test_a_row_that_is_not_finite_has_no_best_token() -> None:
+    source = ToySource("native_mistral")
+    broken = dict(source.tensors())
+    broken["model.norm.weight"] = torch.full_like(broken["model.norm.weight"], float("nan"))
+    source.tensors = lambda: broken  # type: ignore[method-assign]
+    run = NativeRunner(source, "fp32")
+    assert run.forward([Segment(run.open(), [3, 4])]).best == [-1, -1]
+
+
 def test_a_fork_goes_its_own_way() -> None:
     run, tokens = runner("llama"), ids(20)
     sequence = run.open()

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from paceline.execution.cuda.fused import place
+
 PAGE = 64
 _TAIL = 128
 
@@ -111,7 +113,7 @@ def _tail(
     paths,  # [rows, 64] uint8: the token of the row's segment at each depth below it
     sums,
     stats,
-    out,  # [rows, heads, D] bf16
+    out,  # column tiles of bf16
     scale,
     num_chunks,
     table_stride,
@@ -124,14 +126,15 @@ def _tail(
     WINDOW: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The last keys of one row and one kv head, then the join with the row's chunks.
+    """The last keys of one row and one head, then the join with the row's chunks.
 
     `_chunks` lets this kernel start once queries, keys and values are there: only the chunks' sums must be waited for. Loads
     before that wait go past the first-level cache, which may hold the layer before.
     """
     if OVERLAP:
         gdc_launch_dependents()
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, query_head = tl.program_id(0), tl.program_id(1)
+    head = query_head // GROUP
     position, length = tl.load(positions + row), tl.load(lengths + row)
     sequence = tl.maximum(tl.load(sequences + row), 0)  # -1: a row that only fills the bucket
     limit = tl.maximum((position + 1 - 64) // 64, 0) * 64
@@ -147,35 +150,33 @@ def _tail(
     d = tl.arange(0, D)
     k = tl.load(keys + at[:, None] + d[None, :], mask=seen[:, None], other=0.0, cache_modifier=".cg")
     v = tl.load(values + at[:, None] + d[None, :], mask=seen[:, None], other=0.0, cache_modifier=".cg")
+    entry = row * KV_HEADS * GROUP + query_head
+    query = tl.load(q + entry * D + d, cache_modifier=".cg").to(tl.float32) * scale
+    scores = tl.where(seen, tl.sum(k.to(tl.float32) * query[None, :], 1), float("-inf"))
+    peak = tl.max(scores, 0)
+    weight = tl.exp2(scores - peak)
+    total = tl.sum(weight, 0)
+    result = tl.sum(v.to(tl.float32) * weight[:, None], 0)
+    if OVERLAP:
+        gdc_wait()
     first_chunk = 0
     if WINDOW > 0:
         first_chunk = tl.maximum(position - WINDOW + 1, 0) // CHUNK
     chunks = (limit + CHUNK - 1) // CHUNK
-    for member in tl.static_range(GROUP):
-        query_head = (row * KV_HEADS + head) * GROUP + member
-        query = tl.load(q + query_head * D + d, cache_modifier=".cg").to(tl.float32) * scale
-        scores = tl.where(seen, tl.sum(k.to(tl.float32) * query[None, :], 1), float("-inf"))
-        peak = tl.max(scores, 0)
-        weight = tl.exp2(scores - peak)
-        total = tl.sum(weight, 0)
-        result = tl.sum(v.to(tl.float32) * weight[:, None], 0)
-        if OVERLAP:
-            if member == 0:
-                gdc_wait()
-        for start in range(first_chunk // JOIN * JOIN, chunks, JOIN):
-            chunk = start + tl.arange(0, JOIN)
-            known = (chunk < chunks) & (chunk >= first_chunk)
-            part = query_head * num_chunks + chunk
-            part_peak = tl.load(stats + part * 2, mask=known, other=float("-inf"))
-            part_total = tl.load(stats + part * 2 + 1, mask=known, other=0.0)
-            part_sum = tl.load(sums + part[:, None] * D + d[None, :], mask=known[:, None], other=0.0)
-            higher = tl.maximum(peak, tl.max(part_peak, 0))
-            share = tl.exp2(part_peak - higher)
-            keep = tl.exp2(peak - higher)
-            total = total * keep + tl.sum(part_total * share, 0)
-            result = result * keep + tl.sum(part_sum * share[:, None], 0)
-            peak = higher
-        tl.store(out + query_head * D + d, (result / total).to(tl.bfloat16))
+    for start in range(first_chunk // JOIN * JOIN, chunks, JOIN):
+        chunk = start + tl.arange(0, JOIN)
+        known = (chunk < chunks) & (chunk >= first_chunk)
+        part = entry * num_chunks + chunk
+        part_peak = tl.load(stats + part * 2, mask=known, other=float("-inf"))
+        part_total = tl.load(stats + part * 2 + 1, mask=known, other=0.0)
+        part_sum = tl.load(sums + part[:, None] * D + d[None, :], mask=known[:, None], other=0.0)
+        higher = tl.maximum(peak, tl.max(part_peak, 0))
+        share = tl.exp2(part_peak - higher)
+        keep = tl.exp2(peak - higher)
+        total = total * keep + tl.sum(part_total * share, 0)
+        result = result * keep + tl.sum(part_sum * share[:, None], 0)
+        peak = higher
+    tl.store(out + place(row, query_head * D + d), (result / total).to(tl.bfloat16))
 
 
 def block_tokens(group: int, num_tokens: int) -> int:
@@ -201,14 +202,19 @@ def attend(
 ) -> None:
     """out[n] = attention of row n < rows, for rows whose keys and values are in the cache already.
 
-    q, out: [rows, heads, D] bfloat16; keys, values: [pages, kv heads, 64, D]. layout: the tensors of `capture.Layout`.
+    q: [rows, heads, D] bfloat16; out: column tiles [64, heads * D]; keys, values: [pages, kv heads, 64, D]. layout: the tensors of `capture.Layout`.
     blocks: columns of `layout.blocks` that count, of `tokens` tokens at most; chunks: of the captured grid, enough for the
     longest row.
     """
     kv_heads, head_dim = keys.shape[1], keys.shape[3]
-    common = dict(
-        GROUP=group, KV_HEADS=kv_heads, D=head_dim, CHUNK=chunk_size(head_dim), WINDOW=window or 0, OVERLAP=overlap, num_warps=8
-    )
+    common: dict[str, Any] = {
+        "GROUP": group,
+        "KV_HEADS": kv_heads,
+        "D": head_dim,
+        "CHUNK": chunk_size(head_dim),
+        "WINDOW": window or 0,
+        "OVERLAP": overlap,
+    }
     if overlap:
         common["launch_pdl"] = True
     factor, stride = scale * 1.4426950408889634, layout.tables.stride(0)
@@ -226,9 +232,10 @@ def attend(
         stride,
         MAX_ROWS=layout.blocks.shape[1],
         ROWS=max(16, triton.next_power_of_2(group * tokens)),
+        num_warps=8,
         **common,
     )
-    _tail[(rows, kv_heads)](
+    _tail[(rows, kv_heads * group)](
         q,
         keys,
         values,
@@ -245,5 +252,6 @@ def attend(
         stride,
         TAIL=_TAIL,
         JOIN=16,
+        num_warps=max(4, head_dim // 16),
         **common,
     )

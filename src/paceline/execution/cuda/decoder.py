@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from paceline.execution.cuda.capture import Layout, Shape
-from paceline.execution.cuda.linears import MAX_ROWS, PackedLinear, Tuning
+from paceline.execution.cuda.linears import MAX_ROWS, PackedLinear, Tuning, Workspace
+from paceline.execution.cuda.packing import from_column_tiles
 from paceline.execution.cuda.paging import PagedCache, PagedSequence
 from paceline.execution.structure import LayerWeights, LeanSpec, Matrix, ModelWeights
 
@@ -60,10 +61,12 @@ class Decoder:
     ) -> None:
         """Loads, folds and packs matrix by matrix, so that no second copy of the model is ever in memory."""
         self.spec, self._device, self._format, self._tuning = spec, device, format, tuning
+        self._workspace = Workspace(device)
         self.embedding = weights.embedding.weight().to(device, torch.bfloat16)
         self.layers = [self._layer(layer, spec.windows[i]) for i, layer in enumerate(weights.layers)]
         self.final_norm = weights.final_norm.to(device)
-        self.head = self._linear(weights.head, weights.final_norm)
+        # As in the other runners, 4 bits are too few for the head.
+        self.head = self._linear(weights.head, weights.final_norm, format="int8" if format == "int4" else format)
         angle = torch.arange(max_context, device=device)[:, None] * torch.tensor(spec.rope.inv_freq, device=device)
         self.rotary = torch.stack([angle.cos(), angle.sin()], -1) * spec.rope.attention_factor
         """[positions, head_dim / 2, (cos, sin)] float32."""
@@ -79,7 +82,7 @@ class Decoder:
         self.x, self.gated = zeros(spec.hidden), zeros(spec.intermediate)
         self.q, self.attended = zeros(spec.heads * spec.head_dim), zeros(spec.heads * spec.head_dim)
         self.squares = zeros(spec.hidden // _TILE, torch.float32)
-        self.logits = zeros(self.head.tiles * _TILE, torch.float32)
+        self.logits = zeros(self.head.packed.padded_rows, torch.float32)
 
     @property
     def weight_bytes(self) -> int:
@@ -96,13 +99,16 @@ class Decoder:
             window,
         )
 
-    def _linear(self, matrix: Matrix, norm: torch.Tensor | None = None, **options: Any) -> PackedLinear:
+    def _linear(
+        self, matrix: Matrix, norm: torch.Tensor | None = None, *, format: str | None = None, **options: Any
+    ) -> PackedLinear:
+        format = format or self._format
         weight, bias = matrix.weight().to(self._device), matrix.bias()
         if norm is not None:
             weight = weight.float() * norm.to(self._device)
-        blocks = matrix.blocks() if self._format == "int4" and norm is None else None
+        blocks = matrix.blocks() if format == "int4" and norm is None else None
         bias = None if bias is None else bias.to(self._device)
-        return PackedLinear(weight, self._format, bias=bias, blocks=blocks, tuning=self._tuning, **options)
+        return PackedLinear(weight, format, self._workspace, bias=bias, blocks=blocks, tuning=self._tuning, **options)
 
     # ---------- up to 64 rows: kernels ----------
 
@@ -125,7 +131,7 @@ class Decoder:
             head_dim=spec.head_dim,
             out_stride=spec.heads * spec.head_dim,
         )
-        residual: dict[str, Any] = dict(out_squares=self.squares, out_stride=spec.hidden)
+        residual: dict[str, Any] = dict(out_squares=self.squares)
         gelu = int(spec.activation == "gelu_tanh")
         for index, layer in enumerate(self.layers):
             keys, values = cache.keys[index], cache.values[index]
@@ -148,14 +154,14 @@ class Decoder:
                 overlap=overlap,
             )
             layer.o.launch("residual", rows, self.attended, self.x, **residual)
-            layer.gate_up.launch("gated", rows, self.x, self.gated, gelu=gelu, out_stride=spec.intermediate, **norm)
+            layer.gate_up.launch("gated", rows, self.x, self.gated, gelu=gelu, **norm)
             layer.down.launch("residual", rows, self.gated, self.x, **residual)
         self.head.launch("logits", rows, self.x, self.logits, out_stride=self.logits.shape[1], **norm)
         best(self.logits, rows)
 
     def hidden(self, rows: int) -> torch.Tensor:
         """[rows, H] float32: the last forward's states after the final norm."""
-        return self._normed(self.x[:rows])
+        return self._normed(from_column_tiles(self.x)[:rows])
 
     # ---------- any number of rows of one chain: torch operators ----------
 

@@ -1,6 +1,6 @@
 """Compiling and launching `skinny.cu`: NVRTC and the CUDA driver through `cuda.bindings`, which CUDA builds of torch bring along.
 
-torch's own launchers know neither clusters nor programmatic dependent launch. Binaries are kept in the cache folder.
+torch's own launchers do not know programmatic dependent launch. Binaries are kept in the cache folder.
 """
 
 from __future__ import annotations
@@ -32,11 +32,17 @@ def missing_reason() -> str | None:
 class Kernel:
     """A compiled function of one compilation unit."""
 
-    def __init__(self, source: str, name: str, defines: dict[str, int]) -> None:
-        """source: file of this package. Compiles it unless the cache folder holds the binary. Raises ModelError."""
+    def __init__(self, source: str, name: str, defines: dict[str, int], shared_bytes: int = 0) -> None:
+        """source: file of this package. shared_bytes: most dynamic shared memory that a launch will ask for.
+
+        Compiles it unless the cache folder holds the binary. Raises ModelError.
+        """
         text = files(__package__).joinpath(source).read_bytes()
         self._module = _checked(driver.cuModuleLoadData(_binary(text, defines)))
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
+        if shared_bytes:
+            limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(self._function, limit, shared_bytes))
 
     def launch(
         self,
@@ -44,32 +50,23 @@ class Kernel:
         threads: int,
         arguments: list[Any],
         *,
-        cluster: int = 1,
+        shared_bytes: int = 0,
         overlap: bool = False,
     ) -> None:
         """Launch on torch's current stream.
 
-        arguments: ctypes values or structures, in the kernel's order. cluster: consecutive blocks that share their memories.
+        arguments: ctypes values or structures, in the kernel's order.
         overlap: may start while the kernel before it on the stream still runs (it waits inside, before it reads what that made).
         """
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes = 0
+        config.sharedMemBytes = shared_bytes
         config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
-        attributes = [_cluster_attribute(cluster)] if cluster > 1 else []
-        if overlap:
-            attributes.append(_overlap_attribute())
+        attributes = [_overlap_attribute()] if overlap else []
         config.attrs, config.numAttrs = attributes, len(attributes)
         _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
-
-
-def _cluster_attribute(size: int) -> Any:
-    attribute = driver.CUlaunchAttribute()
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = size, 1, 1
-    return attribute
 
 
 def _overlap_attribute() -> Any:

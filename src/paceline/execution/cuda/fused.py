@@ -12,6 +12,12 @@ _BLOCK = 1024
 
 
 @triton.jit
+def place(row, column):
+    """Where an input of an activation row lies in column tiles (`place` of skinny.cu)."""
+    return (column // 32 * 8 + row // 8) * 256 + (row % 8 * 4 + column % 32 // 8) * 8 + column % 8
+
+
+@triton.jit
 def _embed(
     embedding,  # [V, H] bf16
     tokens,  # [rows] int32
@@ -22,7 +28,7 @@ def _embed(
     tables,
     positions,  # out
     slots,  # out
-    x,  # out [rows, H] bf16
+    x,  # out, column tiles of bf16
     squares,  # out [rows, H / 16] f32
     scale,
     table_stride,
@@ -41,7 +47,7 @@ def _embed(
     token = tl.load(tokens + row).to(tl.int64)
     value = tl.load(embedding + token * H + column, mask=inside, other=0.0).to(tl.float32) * scale
     value = value.to(tl.bfloat16)
-    tl.store(x + row * H + column, value, mask=inside)
+    tl.store(x + place(row, column), value, mask=inside)
     square = value.to(tl.float32) * value.to(tl.float32)
     tile = tl.arange(0, WIDTH // 16)
     tl.store(squares + row * (H // 16) + tile, tl.sum(tl.reshape(square, (WIDTH // 16, 16)), 1), mask=tile < H // 16)
@@ -88,7 +94,7 @@ def _advance(best, probs, tokens, lengths, step, history, prob_history, ROWS: tl
 def embed(embedding: torch.Tensor, layout: Any, x: torch.Tensor, squares: torch.Tensor, rows: int, scale: float) -> None:
     """Rows of x from `layout.tokens`, with partial sums of squares; fills `layout.positions` and `layout.slots`.
 
-    layout: the tensors of `capture.Layout`. x [rows, H] bfloat16, squares [rows, H / 16] float32.
+    layout: the tensors of `capture.Layout`. x: column tiles; squares [rows, H / 16] float32.
     """
     hidden = embedding.shape[1]
     _embed[(rows,)](

@@ -11,23 +11,25 @@ import torch
 import torch.nn.functional as F
 
 from paceline.execution.cuda.driver import Kernel
-from paceline.execution.cuda.packing import FORMATS, STEP, TILE, Packed, natural_rows, pack, row_order, unpack
+from paceline.execution.cuda.packing import FORMATS, GROUP_TILES, STEP, TILE, Packed, natural_rows, pack, row_order, unpack
 from paceline.models.base import QuantBlocks
 
 MAX_ROWS = 64
 EPILOGUES = {"logits": 0, "residual": 1, "gated": 2, "qkv": 3}
-_WARPS = 8
-_COLUMN_TILES = (1, 2, 4, 8)
-_BLOCKS_AT_ONCE = 256
-"""Blocks that surely run at the same time: two a multiprocessor, whole clusters."""
+_LEAST_STEPS = 3
+"""A block gets at least so many steps of a small matrix: more blocks would only wait for each other."""
+_SHARED_BYTES = {1: 231_000, 2: 114_500}
+"""Shared memory of a block, by the number of blocks that a multiprocessor shall have room for."""
+_MAX_STAGES = 16
+_PART_FLOATS, _PART_FLAGS = 16 * 8 * 32 * 4, 16
 
 _POINTERS = (
     *("weights", "group_scales", "row_scales", "bias", "x", "squares", "out", "out_squares"),
-    *("k_cache", "v_cache", "rotary", "positions", "slots"),
+    *("k_cache", "v_cache", "rotary", "positions", "slots", "parts", "ready"),
 )
 _NUMBERS = (
     *("k_steps", "tiles", "rows", "num_squares", "out_stride"),
-    *("heads", "kv_heads", "head_dim", "gelu", "prefetch"),
+    *("heads", "kv_heads", "head_dim", "gelu", "stages"),
 )
 
 
@@ -46,35 +48,39 @@ class _Arguments(ctypes.Structure):
 class Tuning:
     """What was chosen by measurement (benchmarks/gpu_decode.py); none of it changes a bit of the results."""
 
-    depth: tuple[int, int, int, int] = (2, 4, 4, 6)
-    """By format: steps of 64 inputs that a warp has in flight (even)."""
-    prefetch: int = 2
-    """4 KiB pieces that a warp asks the second-level cache for before the activations are there."""
+    wide_columns: int = 5
+    """From so many columns of 8 rows on, a block gets the whole shared memory and the next kernel starts when it ends."""
     overlap: bool = True
     """Kernels may start while the one before them ends."""
 
 
-def cluster_size(rows: int, inputs: int) -> int:
-    """Blocks that share a product's inputs: as many as run at once, but no fewer than 4 steps each.
+class Workspace:
+    """What the products of one device share, one after another: sums on their way between blocks."""
 
-    Depends on the weight's shape alone, and so does the order of every sum.
-    """
-    blocks = -(-rows // (TILE * _WARPS))
-    return max(1, min(8, _BLOCKS_AT_ONCE // blocks, inputs // STEP // 4))
+    def __init__(self, device: torch.device) -> None:
+        self.blocks = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        self.parts = torch.zeros(self.blocks * _PART_FLOATS, device=device)
+        self.ready = torch.zeros(self.blocks * _PART_FLAGS, dtype=torch.int32, device=device)
 
 
 @cache
-def _skinny(format: str, epilogue: str, columns: int, depth: int) -> Kernel:
-    words = 4 if format == "bf16" else 2
-    blocks = 3 if columns == 1 and depth * words <= 8 else 2
-    defines = {"NT": columns, "FORMAT": FORMATS[format], "EPILOGUE": EPILOGUES[epilogue], "DEPTH": depth, "BLOCKS": blocks}
-    return Kernel("skinny.cu", "skinny", defines)
+def _skinny(format: str, epilogue: str, columns: int, room: int) -> Kernel:
+    defines = {"NT": columns, "FORMAT": FORMATS[format], "EPILOGUE": EPILOGUES[epilogue], "BLOCKS": room}
+    return Kernel("skinny.cu", "skinny", defines, _SHARED_BYTES[room])
 
 
 @cache
 def _unpacker(format: str) -> Kernel:
-    defines = {"NT": 1, "FORMAT": FORMATS[format], "EPILOGUE": 0, "DEPTH": 2, "BLOCKS": 1}
-    return Kernel("skinny.cu", "unpack", defines)
+    return Kernel("skinny.cu", "unpack", {"NT": 1, "FORMAT": FORMATS[format], "EPILOGUE": 0, "BLOCKS": 1})
+
+
+def ring(format: str, columns: int, room: int) -> tuple[int, int]:
+    """Stages of the ring in shared memory, and bytes of it with the warps' scratch areas."""
+    warps = GROUP_TILES[format]
+    weights = {"bf16": 2048, "int8": 1024, "fp8": 1024, "int4": 512 + 128}[format]
+    stage, scratch = warps * weights + columns * 1024, warps * columns * 512
+    stages = min(_MAX_STAGES, (_SHARED_BYTES[room] - scratch) // stage)
+    return stages, stages * stage + scratch
 
 
 class PackedLinear:
@@ -84,6 +90,7 @@ class PackedLinear:
         self,
         weight: torch.Tensor,
         format: str,
+        workspace: Workspace,
         *,
         kind: str = "natural",
         head_dim: int = 0,
@@ -92,7 +99,7 @@ class PackedLinear:
         tuning: Tuning | None = None,
     ) -> None:
         """weight: on the device where it shall stay. Raises ModelError when the shape does not fit."""
-        self._kind, self._head_dim, self._tuning = kind, head_dim, tuning or Tuning()
+        self._kind, self._head_dim, self._tuning, self._workspace = kind, head_dim, tuning or Tuning(), workspace
         order = row_order(kind, weight.shape[0], head_dim)
         if blocks is not None:
             index = order.numpy()
@@ -100,16 +107,19 @@ class PackedLinear:
         on_device = order.to(weight.device)
         self.packed: Packed = pack(weight[on_device] if kind != "natural" else weight, format, blocks)
         self.tiles = -(-self.packed.rows // TILE)
-        self.bias = None if bias is None else F.pad(bias.float()[on_device], (0, self.tiles * TILE - len(bias)))
-        self._cluster = cluster_size(self.packed.rows, self.packed.inputs)
+        self.bias = None if bias is None else F.pad(bias.float()[on_device], (0, self.packed.padded_rows - len(bias)))
+        steps = -(-self.tiles // GROUP_TILES[format]) * (self.packed.inputs // STEP)
+        self._blocks = max(1, min(workspace.blocks, steps // _LEAST_STEPS))
 
     def launch(self, epilogue: str, rows: int, x: torch.Tensor, out: torch.Tensor, *, overlap: bool = True, **more: Any) -> None:
         """out[n] = finish(weight @ x[n]) for n < rows <= 64.
 
-        x: [>= rows, inputs] bfloat16. overlap: the kernel before this one may still run (not one that made what the kernels
+        x: column tiles (`packing.column_tiles`). overlap: the kernel before this one may still run (not one that made what the kernels
         after it read without waiting). more: the other members of `Args` by name; tensors are given as such.
         """
-        packed = self.packed
+        packed, columns = self.packed, -(-rows // 8)
+        room = 2 if columns < self._tuning.wide_columns else 1
+        stages, shared_bytes = ring(packed.format, columns, room)
         values: dict[str, Any] = dict(
             weights=packed.words,
             group_scales=packed.group_scales,
@@ -120,16 +130,16 @@ class PackedLinear:
             k_steps=packed.inputs // STEP,
             tiles=self.tiles,
             rows=rows,
-            prefetch=self._tuning.prefetch,
+            parts=self._workspace.parts,
+            ready=self._workspace.ready,
+            stages=stages,
             **more,
         )
         pointers = {k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in values.items() if v is not None}
-        columns = next(c for c in _COLUMN_TILES if 8 * c >= rows)
-        kernel = _skinny(packed.format, epilogue, columns, self._tuning.depth[FORMATS[packed.format]])
-        blocks = -(-self.tiles // _WARPS)
-        grid = (blocks * self._cluster, 1)
+        kernel = _skinny(packed.format, epilogue, columns, room)
         overlap = overlap and self._tuning.overlap
-        kernel.launch(grid, 32 * _WARPS, [_Arguments(**pointers)], cluster=self._cluster, overlap=overlap)
+        threads = 32 * (GROUP_TILES[packed.format] + 1)
+        kernel.launch((self._blocks, 1), threads, [_Arguments(**pointers)], shared_bytes=shared_bytes, overlap=overlap)
 
     def dense(self, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
         """weight @ x[n] * norm[n] + bias, float32 [T, rows] in the matrix's own row order, through the library's product.
@@ -146,9 +156,10 @@ class PackedLinear:
         packed = self.packed
         if not packed.words.is_cuda:
             return unpack(packed).to(dtype)
-        out = torch.empty(self.tiles * TILE, packed.inputs, dtype=torch.bfloat16, device=packed.words.device)
+        out = torch.empty(packed.padded_rows, packed.inputs, dtype=torch.bfloat16, device=packed.words.device)
         steps = packed.inputs // STEP
         tensors = (packed.words, packed.group_scales, packed.row_scales, out)
         arguments: list[Any] = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-        _unpacker(packed.format).launch((-(-steps // _WARPS), self.tiles), 32 * _WARPS, [*arguments, ctypes.c_int(steps)])
+        grid = (-(-steps // 8), packed.padded_rows // TILE)
+        _unpacker(packed.format).launch(grid, 256, [*arguments, ctypes.c_int(steps)])
         return out[: packed.rows]

@@ -1,6 +1,7 @@
 """Weights in the order in which the lanes of `skinny.cu` read them, and the quantised formats (ours).
 
-A tile is 16 weight rows; a step is 64 inputs. Within a step lane (g, t) of a warp, g = 0..7 and t = 0..3, holds inputs 8t..8t+7
+A tile is 16 weight rows, a group the tiles of a block's warps, a step 64 inputs; what a block reads in a step is consecutive.
+Within a step lane (g, t) of a warp, g = 0..7 and t = 0..3, holds inputs 8t..8t+7
 of both halves of the step for rows g and g + 8 of the tile. Which rows of the matrix make a tile is the caller's choice
 (`row_order`): what must meet in one lane (a gate and its up value, the two halves of a rotary pair) goes to rows g and g + 8.
 """
@@ -10,12 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from paceline.errors import ModelError
 from paceline.models.base import QuantBlocks
 
 FORMATS = {"bf16": 0, "int8": 1, "fp8": 2, "int4": 3}
 TILE, STEP, GROUP = 16, 64, 32
+GROUP_TILES = {"bf16": 8, "int8": 16, "fp8": 16, "int4": 16}
+"""Tiles of a group: bytes decide, so that a step is worth its synchronisation."""
 _BYTE_ORDER = (0, 2, 1, 3)
 """int8 and fp8: inputs in the bytes of a word; the even and the odd bytes are unpacked together."""
 _FP8_MAX = 448.0
@@ -31,13 +35,24 @@ class Packed:
     words: torch.Tensor
     """uint8, as `skinny.cu` reads it."""
     group_scales: torch.Tensor | None = None
-    """int4: bfloat16 [tiles, steps, 8, half, row of the pair, (scale, offset)]."""
+    """int4: bfloat16 [groups, steps, tiles, 8, half, row of the pair, (scale, offset)]."""
     row_scales: torch.Tensor | None = None
-    """int8 and fp8: float32 [rows]."""
+    """int8 and fp8: float32 [padded rows]."""
+
+    @property
+    def padded_rows(self) -> int:
+        """Rows with those that fill up the last group."""
+        return padded_rows(self.rows, self.format)
 
     @property
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.words, self.group_scales, self.row_scales) if t is not None)
+
+
+def padded_rows(rows: int, format: str) -> int:
+    """Rows of whole groups."""
+    group = GROUP_TILES[format] * TILE
+    return -(-rows // group) * group
 
 
 def row_order(kind: str, rows: int, head_dim: int = 0) -> torch.Tensor:
@@ -64,8 +79,18 @@ def natural_rows(kind: str, packed: torch.Tensor, head_dim: int = 0) -> torch.Te
     return packed.view(*shape[:-1], -1, head_dim // 16, 2, 8).transpose(-3, -2).reshape(shape)
 
 
+def column_tiles(x: torch.Tensor) -> torch.Tensor:
+    """Activations [64, inputs] in the order in which `skinny.cu` reads and writes them (a copy of the same shape)."""
+    return x.view(8, 8, -1, 4, 8).permute(2, 0, 1, 3, 4).reshape(x.shape)
+
+
+def from_column_tiles(x: torch.Tensor) -> torch.Tensor:
+    """Undo `column_tiles`."""
+    return x.view(-1, 8, 8, 4, 8).permute(1, 2, 0, 3, 4).reshape(x.shape)
+
+
 def pack(weight: torch.Tensor, format: str, blocks: QuantBlocks | None = None) -> Packed:
-    """Pack a matrix [rows, inputs] whose rows are already in packed order; rows are filled up to whole tiles with zeros.
+    """Pack a matrix [rows, inputs] whose rows are already in packed order; rows are filled up to whole groups with zeros.
 
     blocks: the file's own 4-bit blocks of the same rows, used for int4 instead of rounding anew (scales become bfloat16).
     Raises ModelError when inputs is no multiple of 64.
@@ -73,42 +98,39 @@ def pack(weight: torch.Tensor, format: str, blocks: QuantBlocks | None = None) -
     rows, inputs = weight.shape
     if inputs % STEP:
         raise ModelError(f"inputs = {inputs}: the packed formats need a multiple of {STEP}")
-    missing = -rows % TILE
-    if missing:
-        weight = torch.cat([weight, weight.new_zeros(missing, inputs)])
-        if blocks is not None:
-            blocks = None  # only an odd vocabulary has missing rows, and no such file is known
-    if format == "bf16":
-        lanes = _lanes(weight.to(torch.bfloat16)).permute(0, 3, 4, 1, 2, 5, 6)  # [tile, step, half, pair, g, t, 8]
-        return Packed(format, rows, inputs, lanes.contiguous().view(torch.uint8))
+    missing = padded_rows(rows, format) - rows
     if format == "int4":
-        return _pack_int4(weight, rows, blocks)
+        return _pack_int4(weight, missing, blocks)
+    weight = F.pad(weight, (0, 0, 0, missing))
+    if format == "bf16":
+        lanes = _lanes(weight.to(torch.bfloat16), format).permute(0, 4, 1, 5, 2, 3, 6, 7)  # [.., half, pair, g, t, 8]
+        return Packed(format, rows, inputs, lanes.contiguous().view(torch.uint8))
     quants, scales = _rounded_int8(weight) if format == "int8" else _rounded_fp8(weight)
-    lanes = _lanes(quants).permute(0, 3, 4, 2, 5, 1, 6)  # [tile, step, half, g, t, pair, 8]
-    lanes = lanes.unflatten(-1, (2, 4))[..., list(_BYTE_ORDER)]
+    lanes = _lanes(quants, format).permute(0, 4, 1, 5, 3, 6, 2, 7)  # [group, step, tile, half, g, t, pair, 8]
+    lanes = lanes.view(*lanes.shape[:-1], 2, 4)[..., list(_BYTE_ORDER)]
     return Packed(format, rows, inputs, lanes.contiguous().view(torch.uint8), row_scales=scales)
 
 
 def unpack(packed: Packed) -> torch.Tensor:
     """The matrix that the packed words stand for, float32 [rows, inputs]: the reference of the `unpack` kernel."""
-    tiles, steps = -(-packed.rows // TILE), packed.inputs // STEP
+    tiles, steps = GROUP_TILES[packed.format], packed.inputs // STEP
+    groups = packed.padded_rows // (tiles * TILE)
     if packed.format == "bf16":
-        lanes = packed.words.view(torch.bfloat16).view(tiles, steps, 2, 2, 8, 4, 8).permute(0, 3, 4, 1, 2, 5, 6).float()
+        lanes = packed.words.view(torch.bfloat16).view(groups, steps, tiles, 2, 2, 8, 4, 8).permute(0, 2, 4, 5, 1, 3, 6, 7).float()
     elif packed.format == "int4":
-        lanes = _unpack_int4(packed, tiles, steps)
+        lanes = _unpack_int4(packed, groups, steps)
     else:
         kind = torch.int8 if packed.format == "int8" else torch.float8_e4m3fn
-        values = packed.words.view(kind).view(tiles, steps, 2, 8, 4, 2, 2, 4).float()
-        lanes = values[..., list(_BYTE_ORDER)].flatten(-2).permute(0, 5, 3, 1, 2, 4, 6)
+        values = packed.words.view(kind).view(groups, steps, tiles, 2, 8, 4, 2, 2, 4).float()
+        lanes = values[..., list(_BYTE_ORDER)].flatten(-2).permute(0, 2, 6, 4, 1, 3, 5, 7)
         assert packed.row_scales is not None
-        lanes = lanes * packed.row_scales.view(tiles, 2, 8, 1, 1, 1, 1)
-    return lanes.reshape(tiles * TILE, packed.inputs)[: packed.rows]
+        lanes = lanes * packed.row_scales.view(groups, tiles, 2, 8, 1, 1, 1, 1)
+    return lanes.reshape(packed.padded_rows, packed.inputs)[: packed.rows]
 
 
-def _lanes(matrix: torch.Tensor) -> torch.Tensor:
-    """[rows, inputs] as [tile, pair, g, step, half, t, 8]."""
-    rows, inputs = matrix.shape
-    return matrix.view(rows // TILE, 2, 8, inputs // STEP, 2, 4, 8)
+def _lanes(matrix: torch.Tensor, format: str) -> torch.Tensor:
+    """[rows, inputs] as [group, tile, pair, g, step, half, t, 8]."""
+    return matrix.view(-1, GROUP_TILES[format], 2, 8, matrix.shape[1] // STEP, 2, 4, 8)
 
 
 def _rounded_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,33 +145,34 @@ def _rounded_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (weight.float() / scales[:, None]).to(torch.float8_e4m3fn).view(torch.uint8), scales
 
 
-def _pack_int4(weight: torch.Tensor, rows: int, blocks: QuantBlocks | None) -> Packed:
+def _pack_int4(weight: torch.Tensor, missing: int, blocks: QuantBlocks | None) -> Packed:
     """Groups of 32 inputs, w = scale * q + offset with q in 0..15 and both in bfloat16."""
-    padded, inputs = weight.shape
+    rows, inputs = weight.shape
     if blocks is not None and blocks.bits == 4:
         quants = torch.from_numpy(blocks.quants).to(weight.device)
         scales = torch.from_numpy(blocks.scales).to(weight.device, torch.bfloat16)
         offsets = torch.from_numpy(blocks.offsets).to(weight.device, torch.bfloat16)
     else:
-        groups = weight.float().view(padded, -1, GROUP)
+        groups = weight.float().view(rows, -1, GROUP)
         low, high = groups.amin(2), groups.amax(2)
         offsets = low.to(torch.bfloat16)
         scales = ((high - low) / 15).clamp_min(1e-30).to(torch.bfloat16)
         steps = (groups - offsets.float()[..., None]) / scales.float()[..., None]
-        quants = steps.round().clamp(0, 15).to(torch.uint8).view(padded, inputs)
-    lanes = _lanes(quants).permute(0, 3, 2, 5, 4, 1, 6)  # [tile, step, g, t, half, pair, 8]
-    even, odd = lanes.unflatten(-1, (4, 2)).unbind(-1)  # inputs 2i and 2i + 1 at bits 4i and 4i + 16 of a word
+        quants = steps.round().clamp(0, 15).to(torch.uint8).view(rows, inputs)
+    quants, scales, offsets = (F.pad(t, (0, 0, 0, missing)) for t in (quants, scales, offsets))
+    lanes = _lanes(quants, "int4").permute(0, 4, 1, 3, 6, 5, 2, 7)  # [group, step, tile, g, t, half, pair, 8]
+    even, odd = lanes.view(*lanes.shape[:-1], 4, 2).unbind(-1)  # inputs 2i and 2i + 1 at bits 4i and 4i + 16 of a word
     low_bytes = even[..., 0::2] | even[..., 1::2] << 4
     high_bytes = odd[..., 0::2] | odd[..., 1::2] << 4
     words = torch.cat([low_bytes, high_bytes], dim=-1).contiguous()
-    pairs = torch.stack([scales, offsets], -1).view(padded // TILE, 2, 8, inputs // STEP, 2, 2)
-    return Packed("int4", rows, inputs, words, group_scales=pairs.permute(0, 3, 2, 4, 1, 5).contiguous())
+    pairs = torch.stack([scales, offsets], -1).view(-1, GROUP_TILES["int4"], 2, 8, inputs // STEP, 2, 2)
+    return Packed("int4", rows, inputs, words, group_scales=pairs.permute(0, 4, 1, 3, 5, 2, 6).contiguous())
 
 
-def _unpack_int4(packed: Packed, tiles: int, steps: int) -> torch.Tensor:
-    words = packed.words.view(tiles, steps, 8, 4, 2, 2, 2, 2)
+def _unpack_int4(packed: Packed, groups: int, steps: int) -> torch.Tensor:
+    words = packed.words.view(groups, steps, GROUP_TILES["int4"], 8, 4, 2, 2, 2, 2)
     nibbles = torch.stack([words & 15, words >> 4], -1).flatten(-2)  # [..., (even, odd), 4]
-    quants = nibbles.transpose(-1, -2).flatten(-2).permute(0, 5, 2, 1, 4, 3, 6)  # [tile, pair, g, step, half, t, 8]
+    quants = nibbles.transpose(-1, -2).flatten(-2).permute(0, 2, 6, 3, 1, 5, 4, 7)  # [group, tile, pair, g, step, half, t, 8]
     assert packed.group_scales is not None
-    pairs = packed.group_scales.view(tiles, steps, 8, 2, 2, 2).permute(0, 4, 2, 1, 3, 5)[..., None, None, :]
+    pairs = packed.group_scales.view(groups, steps, GROUP_TILES["int4"], 8, 2, 2, 2).permute(0, 2, 5, 3, 1, 4, 6)[..., None, None, :]
     return (quants * pairs[..., 0].float() + pairs[..., 1].float()).to(torch.bfloat16).float()

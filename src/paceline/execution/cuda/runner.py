@@ -224,7 +224,7 @@ class CudaRunner(Runner):
         logits = self._decoder.logits[:start, : self._spec.vocab]
         hidden = self._decoder.hidden(start) if want_hidden else None
         if len(rows) < start:
-            index = torch.tensor(rows, device=self._device)
+            index = torch.tensor(rows, dtype=torch.int64, device=self._device)
             logits, hidden = logits[index], None if hidden is None else hidden[index]
         return ForwardOutput(logits, hidden)
 

@@ -1,18 +1,20 @@
 // Matrix products for 1 to 64 activation rows at the speed of memory (ours).
 //
-// y[n][f] = sum_k w[f][k] x[n][k]. Weights are the large operand, so they are the 16-row side of mma.m16n8k16 and stream once
-// from memory straight into registers; activations are its 8-column side and come from the caches. Weights are packed in the
-// order in which lanes want them (packing.py): every load is 16 bytes a lane and 512 consecutive bytes a warp.
+// y[n][f] = sum_k w[f][k] x[n][k]. Weights are the large operand, so they are the 16-row side of mma.m16n8k16; activations are
+// its 8-column side. Weights are packed in the order in which lanes want them (packing.py), and so that what a block needs for a
+// step of 64 inputs is consecutive: one thread keeps a ring of shared-memory stages filled by bulk copies, the other warps
+// multiply. A block fetches its first weights before it waits for the kernel that makes its activations (programmatic dependent
+// launch), so that the memory stays busy between kernels.
 //
-// A block has 8 warps with 16 weight rows each. The blocks of a cluster share those 128 rows and split k; they add their sums
-// through distributed shared memory, rank by rank. So the order of every sum depends on the weight's shape alone: a row of
-// activations gets the same bits in any company.
+// A group is the rows of a block, 16 for each of its warps. All groups' steps, one after another, are dealt out evenly to one
+// block a multiprocessor: a block that ends inside a group adds the sums of the blocks that go on with it, in order. So the order
+// of every sum depends on the weight's shape alone: a row of activations gets the same bits in any company.
 //
-// Kernels are chained with programmatic dependent launch: a block fetches its first weights before it waits for the kernel
-// that makes its activations.
+// Activations lie in column tiles: for every 32 inputs 8 tiles of 8 rows, in each of which a lane's 8 inputs are consecutive
+// (`place`).
 //
-// Compile-time: FORMAT (0 bf16, 1 int8, 2 fp8 e4m3, 3 int4), NT (column tiles of 8), EPILOGUE, DEPTH (even; steps of k = 64 in
-// flight), BLOCKS (a multiprocessor holds at least so many).
+// Compile-time: FORMAT (0 bf16, 1 int8, 2 fp8 e4m3, 3 int4), NT (column tiles of 8), EPILOGUE, BLOCKS (a multiprocessor has room
+// for at least so many: a second one for the next kernel's early start).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -21,22 +23,26 @@ typedef unsigned short u16;
 #define RESIDUAL 1
 #define GATED 2
 #define QKV 3
-#define WARPS 8
 #define PAGE 64
+#define WARPS (FORMAT == 0 ? 8 : 16)  // that multiply; one more copies
+#define THREADS (WARPS * 32 + 32)
+#define MAX_STAGES 16
 
 struct Args {
     const uint4 *weights;
-    const uint4 *group_scales;  // int4: per 64 inputs and row pair (scale, offset) in bf16
+    const uint4 *group_scales;  // int4: (scale, offset) in bf16 of 32 inputs of a row
     const float *row_scales;    // int8, fp8: [rows of w]
     const float *bias;          // [rows of w] in packed order, or null
-    const u16 *x;               // [NT * 8][k] bf16
+    const u16 *x;               // [k / 32][8] column tiles of bf16
     const float *squares;       // [NT * 8][num_squares]: partial sums of squares of the un-normalised activations, or null
-    void *out;                  // LOGITS: float [n][f]; RESIDUAL, GATED: bf16 [n][f]; QKV: q, bf16 [n][f]
+    void *out;                  // LOGITS: float [n][f]; RESIDUAL, GATED: column tiles; QKV: q, bf16 [n][f]
     float *out_squares;         // RESIDUAL: [n][tiles]
     u16 *k_cache, *v_cache;     // QKV: [page][kv head][64][head_dim]
     const float *rotary;        // QKV: [position][head_dim / 2][2], cosine and sine
     const int *positions;       // QKV: [n]
     const int *slots;           // QKV: [n], page * 64 + offset
+    float4 *parts;              // [blocks][16][8][32]: sums that another block will add
+    int *ready;                 // [blocks][16]: 1 when they are there; the reader sets it back
     float inv_width, eps;       // of the RMS norm before this product
     int k_steps;                // k / 64
     int tiles;                  // rows of w / 16
@@ -45,7 +51,7 @@ struct Args {
     int out_stride;
     int heads, kv_heads, head_dim;
     int gelu;                   // GATED: 0 silu, 1 gelu (tanh form)
-    int prefetch;               // 4 KiB pieces that a warp asks the second-level cache for, ahead of time
+    int stages;                 // of the ring in shared memory
 };
 
 #define DEVICE __device__ __forceinline__
@@ -60,11 +66,6 @@ DEVICE u32 pack_bf16(float low, float high) {
 }
 DEVICE u16 to_bf16(float v) { return (u16)pack_bf16(v, 0.f); }
 
-DEVICE void stream_if(bool wanted, const uint4 *p, uint4 &v) {
-    asm volatile("{ .reg .pred w;\nsetp.ne.b32 w, %5, 0;\n@w ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4]; }"
-                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(p), "r"((int)wanted));
-}
-
 DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -75,16 +76,14 @@ DEVICE u32 sub2(u32 a, u32 b) { u32 r; asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(r)
 DEVICE u32 mul2(u32 a, u32 b) { u32 r; asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
 DEVICE u32 fma2(u32 a, u32 b, u32 c) { u32 r; asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c)); return r; }
 
-// ---- formats: words of one step (16 weight rows x 64 inputs) of a lane, and their unpacking into mma operands ----
+// ---- formats: a lane's 16-byte words of one step (16 weight rows x 64 inputs), and their unpacking into mma operands ----
 
-// WORDS: 16-byte words of a lane; WEIGHT_WORDS: those that hold weights (int4: one, and one of scales).
-#if FORMAT == 0
-#define WORDS 4
-#define WEIGHT_WORDS 4
-#else
-#define WORDS 2
-#define WEIGHT_WORDS (FORMAT == 3 ? 1 : 2)
-#endif
+#define WORDS (FORMAT == 0 ? 4 : 2)                  // in registers
+#define WEIGHT_WORDS (FORMAT == 3 ? 1 : WORDS)       // that hold weights; int4 has one of scales, shared by 4 lanes
+#define WEIGHT_BYTES (WARPS * WEIGHT_WORDS * 512)    // of a block's step
+#define SCALE_BYTES (FORMAT == 3 ? WARPS * 128 : 0)
+#define INPUT_BYTES (NT * 1024)
+#define STAGE_BYTES (WEIGHT_BYTES + SCALE_BYTES + INPUT_BYTES)
 
 // A constant that stays in a register: lop3 takes one immediate, and the compiler would load the other one each time. The
 // blocks are one-dimensional, but it cannot know that threadIdx.y is 0.
@@ -134,26 +133,8 @@ DEVICE void operand(const uint4 (&w)[WORDS], int half, int step, u32 (&a)[4]) {
 #endif
 }
 
-struct Stream {
-    const uint4 *weights, *scales;
-    DEVICE void load(uint4 (&w)[WORDS], int step, bool wanted) const {
-#if FORMAT == 3
-        stream_if(wanted, weights + step * 32, w[0]);
-        stream_if(wanted, scales + step * 8, w[1]);
-#else
-#pragma unroll
-        for (int i = 0; i < WORDS; ++i) stream_if(wanted, weights + (step * WORDS + i) * 32, w[i]);
-#endif
-    }
-};
-
-// Asks the second-level cache for what follows the steps that are already on their way.
-DEVICE void prefetch_behind(const Stream &source, int count, int pieces) {
-    const char *start = (const char *)(source.weights - lane_id()), *end = start + (long long)count * WEIGHT_WORDS * 512;
-    const char *ahead = start + DEPTH * WEIGHT_WORDS * 512 + lane_id() * 128;
-    for (int i = 0; i < pieces; ++i, ahead += 4096)
-        if (ahead < end) asm volatile("prefetch.global.L2 [%0];" ::"l"(ahead));
-}
+// Where input k of activation row n lies in column tiles.
+DEVICE int place(int n, int k) { return ((k / 32) * 8 + n / 8) * 256 + ((n % 8) * 4 + k % 32 / 8) * 8 + k % 8; }
 
 // ---- what becomes of the sums: c[0], c[1] are weight row g, columns n and n + 1; c[2], c[3] weight row g + 8 ----
 
@@ -185,7 +166,7 @@ DEVICE void finish(const Args &p, int tile, int n, float top, float low, float n
         out[8] = low;
     }
 #elif EPILOGUE == RESIDUAL
-    u16 *out = (u16 *)p.out + (long long)n * p.out_stride + tile * 16 + g;
+    u16 *out = (u16 *)p.out + place(n, tile * 16 + g);
     float square = 0.f;
     if (live) {
         const u16 a = to_bf16(from_bf16(out[0]) + top), b = to_bf16(from_bf16(out[8]) + low);
@@ -197,7 +178,7 @@ DEVICE void finish(const Args &p, int tile, int n, float top, float low, float n
     for (int distance = 4; distance < 32; distance *= 2) square += __shfl_xor_sync(0xffffffffu, square, distance);
     if (live && g == 0) p.out_squares[n * p.tiles + tile] = square;
 #elif EPILOGUE == GATED
-    if (live) ((u16 *)p.out)[(long long)n * p.out_stride + tile * 8 + g] = to_bf16(activate(top, p.gelu) * low);
+    if (live) ((u16 *)p.out)[place(n, tile * 8 + g)] = to_bf16(activate(top, p.gelu) * low);
 #else
     if (!live) return;
     const int half = p.head_dim / 2, per_head = p.head_dim / 16;
@@ -240,133 +221,181 @@ DEVICE void row_norms(const Args &p, float *norms) {
     }
 }
 
-DEVICE u32 cluster_rank() { u32 r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
-DEVICE u32 cluster_size() { u32 r; asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r)); return r; }
-DEVICE void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-DEVICE float4 peer(const float4 *p, u32 rank) {
-    float4 v;
-    asm volatile("{ .reg .u32 a;\nmapa.shared::cluster.u32 a, %4, %5;\nld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [a]; }"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"((u32)__cvta_generic_to_shared(p)), "r"(rank) : "memory");
-    return v;
-}
+// ---- the ring: `full` stages hold a step's weights and activations, `empty` ones may be overwritten ----
 
-// Activations of one step: 8 consecutive inputs of row g (and g + 8, ...) for each of the two halves. How the 16 inputs of an
-// mma are numbered is free as long as both operands agree: a lane's 8 are inputs 2t, 2t + 1, 2t + 8, 2t + 9 of two mma's.
-struct Activations {
-    uint4 words[2][NT];
-    DEVICE void load(const Args &p, int step, int half) {
-        const int g = lane_id() >> 2, width = p.k_steps * 64;
-        const u16 *x = p.x + step * 64 + half * 32 + (lane_id() & 3) * 8;
-#pragma unroll
-        for (int j = 0; j < NT; ++j)  // columns past the last row repeat it: their sums are not used
-            words[half][j] = *(const uint4 *)(x + min(j * 8 + g, p.rows - 1) * width);
+DEVICE u32 shared(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+struct Barriers {
+    unsigned long long full[MAX_STAGES], empty[MAX_STAGES];
+    DEVICE void initialise(int stages) {
+        for (int i = 0; i < stages; ++i) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared(full + i)));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared(empty + i)), "r"(WARPS));
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 };
-
-DEVICE void multiply(const uint4 (&w)[WORDS], const Activations &x, int half, float (&sums)[NT][4]) {
-    u32 a[4];
-    operand(w, half, 0, a);
-#pragma unroll
-    for (int j = 0; j < NT; ++j) mma(sums[j], a, x.words[half][j].x, x.words[half][j].y);
-    operand(w, half, 1, a);
-#pragma unroll
-    for (int j = 0; j < NT; ++j) mma(sums[j], a, x.words[half][j].z, x.words[half][j].w);
+DEVICE void wait(const unsigned long long *barrier, int parity) {
+    u32 done;
+    do {
+        asm volatile("{ .reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p; }"
+                     : "=r"(done) : "r"(shared(barrier)), "r"(parity) : "memory");
+    } while (!done);
+}
+DEVICE void arrive(unsigned long long *barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared(barrier)) : "memory");
+}
+DEVICE void expect(unsigned long long *barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared(barrier)), "r"(bytes) : "memory");
+}
+DEVICE void copy(void *to, const void *from, int bytes, unsigned long long *barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(shared(to)), "l"(from), "r"(bytes), "r"(shared(barrier)) : "memory");
 }
 
-// One step; with few columns there are registers to fetch the next step's activations before they are needed.
-#define AHEAD (NT <= 2)
-DEVICE void advance(const Args &p, const uint4 (&w)[WORDS], Activations (&x)[2], int d, int step, int end, float (&sums)[NT][4]) {
-    Activations &now = x[AHEAD ? d & 1 : 0], &next = x[1 - (d & 1)];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        if (AHEAD)
-            next.load(p, min(step + 1, end - 1), half);
-        else
-            now.load(p, step, half);
-        if (!AHEAD) multiply(w, now, half, sums);
-    }
-    if (AHEAD) {
-        multiply(w, now, 0, sums);
-        multiply(w, now, 1, sums);
-    }
+// The copying thread: walks over the block's steps. `at` counts from the first step of the first group.
+DEVICE void copy_weights(const Args &p, char *stage, unsigned long long *full, int at) {
+    expect(full, STAGE_BYTES);
+    copy(stage, (const char *)p.weights + (long long)at * WEIGHT_BYTES, WEIGHT_BYTES, full);
+    if (SCALE_BYTES) copy(stage + WEIGHT_BYTES, (const char *)p.group_scales + (long long)at * SCALE_BYTES, SCALE_BYTES, full);
 }
-
-extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) skinny(const __grid_constant__ Args p) {
-    __shared__ float4 partial[WARPS][NT][32];
-    __shared__ float norms[NT * 8];
-    const u32 warp = threadIdx.x / 32, rank = cluster_rank(), ranks = cluster_size();
-    const int first_tile = blockIdx.x / ranks * WARPS, tile = first_tile + warp;
-    const int from = (int)((long long)p.k_steps * rank / ranks), upto = (int)((long long)p.k_steps * (rank + 1) / ranks);
-    const int count = tile < p.tiles ? upto - from : 0;
-
-    Stream source;
-    source.weights = p.weights + ((long long)tile * p.k_steps + from) * WEIGHT_WORDS * 32 + lane_id();
-    source.scales = p.group_scales + ((long long)tile * p.k_steps + from) * 8 + (lane_id() >> 2);
-    uint4 ring[DEPTH][WORDS] = {};
+DEVICE void copy_inputs(const Args &p, char *stage, unsigned long long *full, int at) {
+    const char *x = (const char *)p.x + at % p.k_steps * 8192;
 #pragma unroll
-    for (int d = 0; d < DEPTH; ++d) source.load(ring[d], d, d < count);
-    prefetch_behind(source, count, p.prefetch);
+    for (int half = 0; half < 2; ++half)
+        copy(stage + WEIGHT_BYTES + SCALE_BYTES + half * NT * 512, x + half * 4096, NT * 512, full);
+}
+DEVICE void feed(const Args &p, char *ring, Barriers &barriers, int from, int count) {
+    const int first = min(count, p.stages);
+    for (int i = 0; i < first; ++i) copy_weights(p, ring + i * STAGE_BYTES, barriers.full + i, from + i);
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
-
-    row_norms(p, norms);
-    float sums[NT][4] = {};
-    Activations x[2];
-    if (AHEAD && count)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) x[0].load(p, from, half);
-    int i = 0;
-    for (; i + DEPTH <= count; i += DEPTH) {
-#pragma unroll
-        for (int d = 0; d < DEPTH; ++d) {
-            advance(p, ring[d], x, d, from + i + d, from + count, sums);
-            source.load(ring[d], i + d + DEPTH, i + d + DEPTH < count);
-        }
+    for (int i = 0; i < first; ++i) copy_inputs(p, ring + i * STAGE_BYTES, barriers.full + i, from + i);
+    for (int i = first, slot = 0, parity = 0; i < count; ++i) {
+        wait(barriers.empty + slot, parity);
+        copy_weights(p, ring + slot * STAGE_BYTES, barriers.full + slot, from + i);
+        copy_inputs(p, ring + slot * STAGE_BYTES, barriers.full + slot, from + i);
+        if (++slot == p.stages) slot = 0, parity ^= 1;
     }
-#pragma unroll
-    for (int d = 0; d < DEPTH; ++d)
-        if (i + d < count) advance(p, ring[d], x, d, from + i + d, from + count, sums);
+}
 
-    if (ranks == 1) {
-        __syncthreads();
-        if (tile < p.tiles)
+// A multiplying warp's step. How the 16 inputs of an mma are numbered is free as long as both operands agree: a lane's 8
+// inputs of a half are inputs 2t, 2t + 1, 2t + 8, 2t + 9 of two mma's.
+DEVICE void multiply(const char *stage, int last_lane, float (&sums)[NT][4]) {
+    const uint4 *weights = (const uint4 *)stage + threadIdx.x / 32 * WEIGHT_WORDS * 32 + lane_id();
+    const uint4 *inputs = (const uint4 *)(stage + WEIGHT_BYTES + SCALE_BYTES);
+    uint4 w[WORDS];
 #pragma unroll
-            for (int j = 0; j < NT; ++j) finish_tile(p, tile, j, make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]), norms);
+    for (int i = 0; i < WEIGHT_WORDS; ++i) w[i] = weights[i * 32];
+#if FORMAT == 3
+    w[1] = ((const uint4 *)(stage + WEIGHT_BYTES))[threadIdx.x / 32 * 8 + lane_id() / 4];
+#endif
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        uint4 x[NT];
+#pragma unroll
+        for (int j = 0; j < NT; ++j) x[j] = inputs[(half * NT + j) * 32 + (j == NT - 1 ? last_lane : lane_id())];
+        u32 a[4];
+        operand(w, half, 0, a);
+#pragma unroll
+        for (int j = 0; j < NT; ++j) mma(sums[j], a, x[j].x, x[j].y);
+        operand(w, half, 1, a);
+#pragma unroll
+        for (int j = 0; j < NT; ++j) mma(sums[j], a, x[j].z, x[j].w);
+    }
+}
+
+// ---- sums of a group that several blocks share ----
+
+DEVICE int range_start(int total, int block) { return (int)((long long)total * block / gridDim.x); }
+
+DEVICE void publish(const Args &p, const float4 *sums) {
+    const int at = blockIdx.x * 16 + threadIdx.x / 32;
+    for (int j = 0; j < NT; ++j) p.parts[(at * 8 + j) * 32 + lane_id()] = sums[j * 32 + lane_id()];
+    __syncwarp();
+    if (lane_id() == 0) {
+        __threadfence();
+        asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(p.ready + at) : "memory");
+    }
+}
+
+// Adds what the following blocks have summed of the group that ends at `end`, in their order.
+DEVICE void collect(const Args &p, float4 *sums, int total, int end) {
+    for (int block = blockIdx.x + 1; range_start(total, block) < end; ++block) {
+        const int at = block * 16 + threadIdx.x / 32;
+        if (lane_id() == 0) {
+            int there = 0;
+            while (!there) asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(p.ready + at) : "memory");
+        }
+        __syncwarp();
+        for (int j = 0; j < NT; ++j) {
+            const float4 part = __ldcg(&p.parts[(at * 8 + j) * 32 + lane_id()]);
+            float4 &sum = sums[j * 32 + lane_id()];
+            sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+        }
+        __syncwarp();
+        if (lane_id() == 0) p.ready[at] = 0;
+    }
+}
+
+// A warp's sums over a group's steps begin .. end - 1 are complete.
+DEVICE void emit(const Args &p, int group, int begin, int end, float (&sums)[NT][4], float4 *scratch, const float *norms) {
+    const int tile = group * WARPS + threadIdx.x / 32, total = (p.tiles + WARPS - 1) / WARPS * p.k_steps;
+#pragma unroll
+    for (int j = 0; j < NT; ++j) {
+        scratch[j * 32 + lane_id()] = make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
+        sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0.f;
+    }
+    if (tile >= p.tiles) return;
+    if (begin > 0) return publish(p, scratch);
+    if (end < p.k_steps) collect(p, scratch, total, (group + 1) * p.k_steps);
+    for (int j = 0; j < NT; ++j) finish_tile(p, tile, j, scratch[j * 32 + lane_id()], norms);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) skinny(const __grid_constant__ Args p) {
+    extern __shared__ __align__(128) char ring[];  // stages, then a scratch area for each warp
+    __shared__ Barriers barriers;
+    __shared__ float norms[NT * 8];
+    const int warp = threadIdx.x / 32, total = (p.tiles + WARPS - 1) / WARPS * p.k_steps;
+    const int from = range_start(total, blockIdx.x), count = range_start(total, blockIdx.x + 1) - from;
+    if (threadIdx.x == 0) barriers.initialise(p.stages);
+    __syncthreads();
+    if (warp == WARPS) {
+        if (lane_id() == 0) feed(p, ring, barriers, from, count);
         return;
     }
-#pragma unroll
-    for (int j = 0; j < NT; ++j) partial[warp][j][lane_id()] = make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
-    cluster_barrier();
-    // The ranks share the finishing of the 8 tiles' columns.
-    for (int item = rank + ranks * warp; item < WARPS * NT; item += ranks * WARPS) {
-        const int owner = item / NT, j = item % NT;
-        if (first_tile + owner >= p.tiles) continue;
-        float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
-        for (u32 r = 0; r < ranks; ++r) {
-            const float4 part = peer(&partial[owner][j][lane_id()], r);
-            total.x += part.x;
-            total.y += part.y;
-            total.z += part.z;
-            total.w += part.w;
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    row_norms(p, norms);
+    asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
+
+    float4 *scratch = (float4 *)(ring + p.stages * STAGE_BYTES) + warp * NT * 32;
+    const int last_lane = (min((NT - 1) * 8 + (int)(lane_id() >> 2), p.rows - 1) - (NT - 1) * 8) * 4 + (lane_id() & 3);
+    int group = from / p.k_steps, step = from % p.k_steps, begin = step;
+    float sums[NT][4] = {};
+    for (int i = 0, slot = 0, parity = 0; i < count; ++i) {
+        wait(barriers.full + slot, parity);
+        multiply(ring + slot * STAGE_BYTES, last_lane, sums);
+        __syncwarp();
+        if (lane_id() == 0) arrive(barriers.empty + slot);
+        if (++slot == p.stages) slot = 0, parity ^= 1;
+        if (++step == p.k_steps || i + 1 == count) {
+            emit(p, group++, begin, step, sums, scratch, norms);
+            begin = step = 0;
         }
-        finish_tile(p, first_tile + owner, j, total, norms);
     }
-    cluster_barrier();
 }
 
 // Weights back to bf16 [rows][k], for products with many rows through the library. One warp a tile of 16 rows and 64 inputs.
 extern "C" __global__ void unpack(const uint4 *weights, const uint4 *group_scales, const float *row_scales, u16 *out, int k_steps) {
-    const int tile = blockIdx.y, step = blockIdx.x * WARPS + threadIdx.x / 32;
+    const int tile = blockIdx.y, step = blockIdx.x * 8 + threadIdx.x / 32;
     if (step >= k_steps) return;
-    const long long at = (long long)tile * k_steps + step;
-    Stream source;
-    source.weights = weights + at * WEIGHT_WORDS * 32 + lane_id();
-    source.scales = group_scales + at * 8 + (lane_id() >> 2);
-    uint4 w[WORDS] = {};
-    source.load(w, 0, true);
+    const long long at = ((long long)(tile / WARPS) * k_steps + step) * WARPS + tile % WARPS;
+    uint4 w[WORDS];
+#pragma unroll
+    for (int i = 0; i < WEIGHT_WORDS; ++i) w[i] = weights[(at * WEIGHT_WORDS + i) * 32 + lane_id()];
+#if FORMAT == 3
+    w[1] = group_scales[at * 8 + lane_id() / 4];
+#endif
     const int g = lane_id() >> 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

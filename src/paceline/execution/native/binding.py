@@ -49,7 +49,7 @@ class Batch(Structure):
         *((name, c_int32) for name in ("rows", "segments", "logit_rows", "run_layers")),
         *((name, c_void_p) for name in ("tokens", "positions", "ancestors")),
         ("segment", POINTER(Segment)),
-        *((name, c_void_p) for name in ("logit_row", "logits", "hidden", "skip")),
+        *((name, c_void_p) for name in ("logit_row", "logits", "hidden", "best", "skip")),
     )
 
 

@@ -24,7 +24,7 @@ from paceline.models.cachedir import atomic_write, cache_root
 _FOLDER = Path(__file__).parent
 _SOURCES = ("kernel.c", "attention.h", "linear.h", "vec.h")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-Wno-psabi", "-std=gnu11", "-shared", "-fPIC")
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 
 def find_compiler() -> list[str] | None:

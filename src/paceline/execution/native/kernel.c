@@ -10,7 +10,7 @@
 #include "attention.h"
 #include "linear.h"
 
-#define ABI_VERSION 1
+#define ABI_VERSION 2
 
 typedef struct {
   Matrix qkv, o, gate_up, down;
@@ -39,6 +39,7 @@ typedef struct {
   const int32_t *logit_row; /* [logit_rows] */
   float *logits;            /* [logit_rows][vocab] */
   float *hidden;            /* [logit_rows][hidden] after the final norm, or NULL */
+  int32_t *best;            /* [logit_rows] most probable token, the lowest of equals; -1 where a logit is not finite */
   const uint8_t *skip;      /* [layers] bit 0: skip attention, bit 1: skip the MLP; or NULL */
 } Batch;
 
@@ -330,6 +331,24 @@ static void run_layer(Worker *w, int l, int skip) {
   }
 }
 
+static int32_t best_of(const float *x, int n) {
+  v16 top = splat(-INFINITY), sum = splat(0);
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    v16 v = load16(x + i);
+    top = vmax(top, v);
+    sum = sum + (v - v); /* NaN as soon as one value is not finite */
+  }
+  float largest = hmax(top), faulty = hsum(sum);
+  for (; i < n; i++) {
+    largest = x[i] > largest ? x[i] : largest;
+    faulty += x[i] - x[i];
+  }
+  if (!(faulty == 0)) return -1;
+  for (i = 0; x[i] != largest; i++) {}
+  return i;
+}
+
 static void logits(Worker *w) {
   Engine *e = w->engine;
   const Model *m = &e->model;
@@ -348,6 +367,9 @@ static void logits(Worker *w) {
     share(w, b->logit_rows * m->vocab, 16, &from, &to);
     for (int i = from; i < to; i++) b->logits[i] = m->logit_cap * tanhf(b->logits[i] / m->logit_cap);
   }
+  barrier(e);
+  share(w, b->logit_rows, 1, &from, &to);
+  for (int i = from; i < to; i++) b->best[i] = best_of(b->logits + (size_t)i * m->vocab, m->vocab);
 }
 
 static void run(Worker *w) {

@@ -38,6 +38,12 @@ class NativeSequence:
     values: npt.NDArray[np.generic]
     capacity: int
     length: int = 0
+    keys_at: int = 0
+    values_at: int = 0
+    """Addresses of the arrays; asking numpy for them costs microseconds, and every round needs them."""
+
+    def __post_init__(self) -> None:
+        self.keys_at, self.values_at = self.keys.ctypes.data, self.values.ctypes.data
 
 
 def default_threads() -> int:
@@ -198,6 +204,8 @@ class NativeRunner(Runner):
         self._wanted = np.zeros(MAX_ROWS, np.int32)
         self._logits = torch.empty(0, self.spec.vocab)
         self._hidden = torch.empty(0, self.spec.hidden)
+        self._best = np.zeros(0, np.int32)
+        self._best_at = 0
         self._segments = (binding.Segment * MAX_ROWS)()
         self._batch = binding.Batch(
             tokens=self._tokens.ctypes.data,
@@ -239,6 +247,7 @@ class NativeRunner(Runner):
         larger.keys[:, : sequence.keys.shape[1]] = sequence.keys
         larger.values[:, : sequence.capacity] = sequence.values
         sequence.keys, sequence.values, sequence.capacity = larger.keys, larger.values, larger.capacity
+        sequence.keys_at, sequence.values_at = larger.keys_at, larger.values_at
 
     def fork(self, sequence: SequenceHandle) -> NativeSequence:
         held = cast(NativeSequence, sequence)
@@ -307,18 +316,19 @@ class NativeRunner(Runner):
                 rows, count, start = rows + piece, count + 1, start + piece
         if rows:
             self._run(rows, count, asked, done, want_hidden)
-        return ForwardOutput(self._logits[:total], self._hidden[:total] if want_hidden else None)
+        hidden = self._hidden[:total] if want_hidden else None
+        return ForwardOutput(self._logits[:total], hidden, self._best[:total].tolist())
 
     def _reserve(self, rows: int, want_hidden: bool) -> None:
         if rows > self._logits.shape[0]:
             self._logits = torch.empty(rows, self.spec.vocab)
+            self._best = np.zeros(rows, np.int32)
+            self._best_at = self._best.ctypes.data
         if want_hidden and rows > self._hidden.shape[0]:
             self._hidden = torch.empty(rows, self.spec.hidden)
 
     def _describe(self, held: NativeSequence, first_row: int, rows: int, is_tree: bool, offset: int = 0) -> binding.Segment:
-        return binding.Segment(
-            held.keys.ctypes.data, held.values.ctypes.data, held.capacity, held.length + offset, first_row, rows, int(is_tree), 0
-        )
+        return binding.Segment(held.keys_at, held.values_at, held.capacity, held.length + offset, first_row, rows, int(is_tree), 0)
 
     def _put(self, segment: Segment, start: int, piece: int, row: int, index: int, first_asked: int, asked: int) -> int:
         """Write tokens start..start + piece of a segment into the call's buffers; returns the new count of asked rows."""
@@ -348,6 +358,7 @@ class NativeRunner(Runner):
         batch.rows, batch.segments, batch.logit_rows = rows, count, asked
         if asked:
             batch.logits = self._logits.data_ptr() + done * self.spec.vocab * 4
+            batch.best = self._best_at + done * 4
             batch.hidden = self._hidden.data_ptr() + done * self.spec.hidden * 4 if want_hidden else None
         self._library.paceline_forward(self._engine, ctypes.byref(batch))
         return asked
