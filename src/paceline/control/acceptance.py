@@ -32,7 +32,7 @@ _HALF_LIFE = 512.0
 
 def signal_bucket(signal: int) -> int:
     """Bucket of a drafter's signal: 0, 1, ..., 8, then 9 to 16, then 17 and more."""
-    return signal if signal <= 8 else 9 if signal <= 16 else 10
+    return max(signal, 0) if signal <= 8 else 9 if signal <= 16 else 10
 
 
 def observed_labels(record: StepRecord) -> tuple[float, ...]:
@@ -91,45 +91,18 @@ class PositionTable:
         self.seen = seen
 
 
-class _Change:
-    """Page's test for a change: evidence since the odds may have been multiplied by `factor`."""
-
-    __slots__ = ("_factor", "_score", "count", "expected", "hits")
-
-    def __init__(self, factor: float) -> None:
-        self._factor = factor
-        self._score = 0.0
-        self.hits = self.expected = self.count = 0.0
-
-    def noticed(self, count: int, hits: float, expected: float, odds: float) -> bool:
-        """Count labels; odds: the factor believed so far. True when labels speak for the change beyond doubt."""
-        mean = min(max(expected / count, 0.005), 0.995)
-        now = odds * mean / (1.0 + (odds - 1.0) * mean)
-        scale = 1.0 + (self._factor - 1.0) * now
-        self._score += hits * math.log(self._factor) - count * math.log(scale)
-        if self._score <= 0.0:
-            self._score = self.hits = self.expected = self.count = 0.0
-            return False
-        self.hits += hits
-        self.expected += expected
-        self.count += count
-        return self._score > _ALARM
-
-
 class Shift:
     """By how much something does better or worse than predicted, as a factor on the odds.
 
     discount: fading for each label; weight: labels that the prediction counts for.
     """
 
-    __slots__ = ("_better", "_discount", "_expected", "_hits", "_last", "_weight", "_worse", "odds", "total")
+    __slots__ = ("_discount", "_expected", "_hits", "_last", "_weight", "odds", "total")
 
     def __init__(self, discount: float, weight: float) -> None:
         self._discount = discount
         self._weight = weight
         self._hits = self._expected = 0.0
-        self._worse = _Change(1.0 / _SURPRISE)
-        self._better = _Change(_SURPRISE)
         self._last = 0
         self.total = 0.0
         """Labels, discounted."""
@@ -137,11 +110,6 @@ class Shift:
 
     def update(self, count: int, hits: float, expected: float, now: int = 0) -> None:
         """Count labels by their number, sum and predicted sum; now: emitted tokens, for ageing."""
-        for change in (self._worse, self._better):
-            if change.noticed(count, hits, expected, self.odds):
-                self._hits, self._expected, self.total = change.hits - hits, change.expected - expected, change.count - count
-                self._worse, self._better = _Change(1.0 / _SURPRISE), _Change(_SURPRISE)
-                break
         keep = self._discount**count
         if now != self._last:
             keep *= 0.5 ** ((now - self._last) / _HALF_LIFE)
@@ -149,15 +117,62 @@ class Shift:
         self._hits = keep * self._hits + hits
         self._expected = keep * self._expected + expected
         self.total = total = keep * self.total + count
-        mean = min(max(self._expected / total, 0.005), 0.995)
-        seen = (self._hits + self._weight * mean) / (total + self._weight)
-        seen = min(max(seen, 0.001), 0.999)
+        mean = _inside(self._expected / total)
+        seen = _inside((self._hits + self._weight * mean) / (total + self._weight))
         self.odds = seen * (1.0 - mean) / ((1.0 - seen) * mean)
 
     def apply(self, rates: list[float]) -> list[float]:
         """The rates with their odds multiplied."""
         odds = self.odds
         return [odds * rate / (1.0 + (odds - 1.0) * rate) for rate in rates]
+
+
+class WatchedShift(Shift):
+    """A shift that forgets what was before when labels run against all expectation: Page's test in both directions."""
+
+    __slots__ = ("_runs",)
+
+    def __init__(self, discount: float, weight: float) -> None:
+        super().__init__(discount, weight)
+        self._runs = (_Run(1.0 / _SURPRISE), _Run(_SURPRISE))
+
+    def update(self, count: int, hits: float, expected: float, now: int = 0) -> None:
+        """As `Shift.update`."""
+        mean = _inside(expected / count)
+        believed = self.odds * mean / (1.0 + (self.odds - 1.0) * mean)
+        for run in self._runs:
+            if run.speaks_for_change(count, hits, expected, believed):
+                self._hits, self._expected, self.total = run.hits - hits, run.expected - expected, run.count - count
+                self._runs = (_Run(1.0 / _SURPRISE), _Run(_SURPRISE))
+                break
+        super().update(count, hits, expected, now)
+
+
+class _Run:
+    """Labels since the odds may have been multiplied by `factor`."""
+
+    __slots__ = ("_factor", "_log_factor", "_score", "count", "expected", "hits")
+
+    def __init__(self, factor: float) -> None:
+        self._factor, self._log_factor = factor, math.log(factor)
+        self._score = self.hits = self.expected = 0.0
+        self.count = 0
+
+    def speaks_for_change(self, count: int, hits: float, expected: float, believed: float) -> bool:
+        """Count labels; believed: their chance without the change. True when the run is e^5 times likelier with it."""
+        self._score += hits * self._log_factor - count * math.log(1.0 + (self._factor - 1.0) * believed)
+        if self._score <= 0.0:
+            self._score = self.hits = self.expected = 0.0
+            self.count = 0
+            return False
+        self.hits += hits
+        self.expected += expected
+        self.count += count
+        return self._score > _ALARM
+
+
+def _inside(rate: float) -> float:
+    return 0.002 if rate < 0.002 else 0.998 if rate > 0.998 else rate
 
 
 class AcceptanceModel:
@@ -203,7 +218,7 @@ class AcceptanceModel:
             shifts = self._requests[request_id] = {}
         own = shifts.get(drafter)
         if own is None:
-            own = shifts[drafter] = Shift(self._request_discount, self._weight)
+            own = shifts[drafter] = WatchedShift(self._request_discount, self._weight)
         own.update(count, hits, sum(pool.rates(count)), now)
         level = self._levels.get(drafter)
         if level is None:
@@ -219,7 +234,14 @@ class AcceptanceModel:
     def snapshot(self) -> list[dict[str, Any]]:
         """The pools as plain data, for `restore`."""
         return [
-            {"task": task, "drafter": drafter, "bucket": bucket, "hits": pool.hits, "totals": pool.totals, "seen": pool.seen}
+            {
+                "task": task,
+                "drafter": drafter,
+                "bucket": bucket,
+                "hits": list(pool.hits),
+                "totals": list(pool.totals),
+                "seen": pool.seen,
+            }
             for (task, drafter, bucket), pool in self._pools.items()
         ]
 

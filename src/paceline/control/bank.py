@@ -16,14 +16,16 @@ class TimeBank:
     """Seconds that speculation may still lose.
 
     eps: share of plain time that may be lost in the long run; start: what may be lost at once, in plain steps; cap: most that
-    is kept of earlier gains, in plain steps, so that old successes cannot pay for a long bad stretch.
+    is kept of earlier gains, in plain steps, so that old successes cannot pay for a long bad stretch. A debt is never larger than
+    the start: only an interruption of the machine can make one, and it must not forbid speculation for good.
     """
 
-    __slots__ = ("_cap", "_eps", "_forgiven", "_since", "_start", "granted", "is_open", "slack")
+    __slots__ = ("_cap", "_eps", "_forgiven", "_opened_at", "_since", "_start", "granted", "is_open", "slack")
 
     def __init__(self, eps: float = 0.01, start: float = 3.0, cap: float = 200.0) -> None:
         self._eps, self._start, self._cap = eps, start, cap
         self._since, self._forgiven = _FORGIVE_EVERY, 0.0
+        self._opened_at = 0.0
         self.is_open = False
         self.slack = 0.0
         """(1 + eps) * plain time + start - time so far, but at most the cap; seconds."""
@@ -33,7 +35,14 @@ class TimeBank:
     def open(self, plain_seconds: float) -> None:
         """Set the start from the time of a plain step."""
         self.is_open = True
+        self._opened_at = plain_seconds
         self.slack = self._start * plain_seconds
+
+    def correct_start(self, plain_seconds: float) -> None:
+        """A plain step is known by now to take less than `open` was told: take back what the start had too much."""
+        if plain_seconds < self._opened_at:
+            self.slack -= self._start * (self._opened_at - plain_seconds)
+            self._opened_at = plain_seconds
 
     def grant(self, loss: float) -> bool:
         """Allow a plan that loses at most this many seconds (one token emitted), if everything granted can be paid."""
@@ -65,4 +74,4 @@ class TimeBank:
 
     def _settle(self, gain: float, plain_seconds: float) -> None:
         self.granted = 0.0
-        self.slack = min(self.slack + gain, self._cap * plain_seconds)
+        self.slack = max(min(self.slack + gain, self._cap * plain_seconds), -self._start * plain_seconds)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from paceline.control.acceptance import POSITIONS
 
 _CLAMP = 40.0
+_LEAST = math.exp(-_CLAMP)
 _SLOPE, _INTERCEPT = 0.5, -0.2
 _BINS = 10
 
@@ -30,11 +31,9 @@ class Bin(NamedTuple):
 
 
 def _feature(max_prob: float) -> float:
-    if max_prob <= 0.0:
+    if max_prob < _LEAST:
         return -_CLAMP
-    if max_prob >= 1.0:
-        return _CLAMP
-    return min(max(math.log(max_prob / (1.0 - max_prob)), -_CLAMP), _CLAMP)
+    return math.log(max_prob / (1.0 - max_prob)) if max_prob < 1.0 else _CLAMP
 
 
 def _sigmoid(x: float) -> float:
@@ -93,7 +92,7 @@ class ConfidenceModel:
 
     def snapshot(self) -> dict[str, Any]:
         """The fitted curve as plain data, for `restore`."""
-        return {"slope": self._slope, "intercepts": self._intercepts, "labels": self.labels}
+        return {"slope": self._slope, "intercepts": list(self._intercepts), "labels": self.labels}
 
     def restore(self, data: dict[str, Any]) -> None:
         """Begin with a stored curve. Raises KeyError, TypeError or ValueError on data that `snapshot` did not write."""

@@ -26,6 +26,7 @@ from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
 _NOTHING = Plan(None, 0, "plain: nothing to draft")
 _DUE_CATCH_UP, _STAY = 8, 16
 _CALIBRATED = 64
+_TRIAL = 32
 _HICCUP = 3.0
 _DOUBLE_PROOF = 0.1
 
@@ -107,6 +108,16 @@ class _Delivered:
             self.factor = self._emitted / self._expected_emitted * self._expected_seconds / self._seconds
 
 
+@dataclass(slots=True)
+class _Confident:
+    """A drafter that states its confidence."""
+
+    model: ConfidenceModel = field(default_factory=ConfidenceModel)
+    delivered: _Delivered = field(default_factory=_Delivered)
+    asks: bool = False
+    """It calls `keep_drafting`, so that a stop rule takes effect."""
+
+
 class Pacer(Controller):
     """See the module's text. One instance serves an engine; only a request's own odds and running round are kept by id."""
 
@@ -117,13 +128,11 @@ class Pacer(Controller):
         self.options = options
         self._costs = LearnedCosts(costs)
         self._acceptance = AcceptanceModel()
-        self._confidence: dict[str, ConfidenceModel] = {}
-        self._delivered: dict[str, _Delivered] = {}
+        self._confident: dict[str, _Confident] = {}
         self._bank = TimeBank(options.eps, options.start, options.cap)
         self._probes = ProbeSchedule()
         self._lanes: dict[tuple[str, int], _Lane] = {}
         self._running: dict[int, _Running] = {}
-        self._asking: set[str] = set()
         self._tokens = 0
 
     def plan(self, context: RoundContext) -> Plan:
@@ -134,7 +143,7 @@ class Pacer(Controller):
         lane = self._lane(context.task, context.batch_size, plain)
         if lane.arbiter.forbids:
             return Plan(None, 0, "plain: speculation delivered less lately", 1.0, plain)
-        if lane.arbiter.wants_plain:
+        if lane.arbiter.wants_plain or (self._tokens >= _TRIAL and not self._costs.knows_plain(context.batch_size)):
             return Plan(None, 0, "plain: renewing the price of a plain step", 1.0, plain)
         best = self._offer(context, able[0], plain, lane)
         others: list[_Offer] = []
@@ -158,9 +167,9 @@ class Pacer(Controller):
         offer = running.offer
         drafter = offer.outlook.drafter
         if running.price == 0.0:
-            self._asking.add(drafter)
+            self._states_confidence(drafter).asks = True
             return True
-        running.survival *= self._confidence[drafter].chance(features.position, features.max_prob)
+        running.survival *= self._confident[drafter].model.chance(features.position, features.max_prob)
         return worth_another(running.survival, features.position, offer.rates, offer.seconds, running.price)
 
     def observe(self, record: StepRecord) -> None:
@@ -181,7 +190,7 @@ class Pacer(Controller):
         else:
             # Looking for drafts and deciding against them is speculation's own cost.
             looking = record.draft_seconds + record.control_seconds
-            seconds -= looking
+            seconds = max(seconds - batch * looking, record.verify_seconds)
             self._bank.settle_plain(plain, steps, looking)
             lane.purse.settle_plain(plain, steps)
         if record.drafter is not None:
@@ -202,25 +211,30 @@ class Pacer(Controller):
         """Reliability diagrams as rows: predicted and observed acceptance of each drafter that states its confidence."""
         return [
             {"drafter": drafter, "predicted": round(b.predicted, 3), "accepted": round(b.accepted, 3), "labels": b.labels}
-            for drafter, model in self._confidence.items()
-            for b in model.reliability()
+            for drafter, confident in self._confident.items()
+            for b in confident.model.reliability()
         ]
 
     def snapshot(self) -> dict[str, Any]:
         """What was learnt about acceptance, as plain data for a stored profile."""
-        curves = {drafter: model.snapshot() for drafter, model in self._confidence.items()}
+        curves = {drafter: confident.model.snapshot() for drafter, confident in self._confident.items()}
         return {"version": 1, "acceptance": self._acceptance.snapshot(), "confidence": curves}
 
     def restore(self, data: dict[str, Any]) -> None:
         """Begin with a stored profile. Raises KeyError, TypeError or ValueError on data that `snapshot` did not write."""
         if data["version"] != 1:
             raise ValueError(f"pacer profile: version {data['version']!r} is unknown, expected 1")
-        curves: dict[str, ConfidenceModel] = {}
+        confident = {drafter: _Confident() for drafter in data["confidence"]}
         for drafter, curve in data["confidence"].items():
-            curves[drafter] = ConfidenceModel()
-            curves[drafter].restore(curve)
+            confident[drafter].model.restore(curve)
         self._acceptance.restore(data["acceptance"])
-        self._confidence.update(curves)
+        self._confident.update(confident)
+
+    def _states_confidence(self, drafter: str) -> _Confident:
+        confident = self._confident.get(drafter)
+        if confident is None:
+            confident = self._confident[drafter] = _Confident()
+        return confident
 
     def _lane(self, task: str, batch: int, plain: float) -> _Lane:
         key = (task, rows_bucket(batch))
@@ -239,9 +253,11 @@ class Pacer(Controller):
         rates = self._acceptance.rates(context.request_id, context.task, drafter, bucket, limit)
         curve = costs.learnt(_base_rows(context), limit, context.context_length)
         line, rest, alone = costs.line(drafter), costs.rest, _alone(context)
-        once, each = line.fixed, line.per_token + rest.per_token
         if alone:
-            once += rest.fixed
+            once, each = line.fixed + rest.fixed, line.per_token + rest.per_token
+        else:
+            share = costs.overlap.share(context.batch_size)
+            once, each = share * line.fixed, share * line.per_token + rest.per_token
         if outlook.catch_up:
             # A long lag is paid once for a stay of many rounds (7.8).
             lag = outlook.catch_up
@@ -254,9 +270,9 @@ class Pacer(Controller):
             price = _batch_price(context, plain, lane)
             num_draft, emitted = best_net(rates, seconds, price)
             merit = emitted - price * (seconds[num_draft] - curve[0])
-        delivered = self._delivered.get(drafter)
-        if delivered is not None:
-            merit *= delivered.factor
+        confident = self._confident.get(drafter)
+        if confident is not None:
+            merit *= confident.delivered.factor
         return _Offer(outlook, bucket, rates, seconds, num_draft, emitted, merit)
 
     def _may_probe(self, context: RoundContext, offer: _Offer, plain: float, speed: float, lane: _Lane) -> bool:
@@ -272,7 +288,8 @@ class Pacer(Controller):
     def _grant(self, context: RoundContext, offer: _Offer, plain: float, lane: _Lane, wanted: int, *, probe: bool) -> Plan:
         """Let the bank shorten or refuse the draft, and write the plan."""
         drafter = offer.outlook.drafter
-        stops = not probe and drafter in self._asking and self._confidence[drafter].labels >= _CALIBRATED
+        confident = self._confident.get(drafter)
+        stops = confident is not None and confident.asks and confident.model.labels >= _CALIBRATED and not probe
         num_draft = self._affordable(context, offer, plain, len(offer.rates) if stops else wanted)
         if num_draft == 0:
             return Plan(None, 0, "plain: bank, earlier losses come first", 1.0, plain)
@@ -305,6 +322,8 @@ class Pacer(Controller):
 
     def _ceiling(self, record: StepRecord, rows: int) -> float:
         """Seconds beyond which a speculative round was interrupted rather than dear."""
+        if record.round_seconds <= _HICCUP * record.expected_seconds:
+            return inf  # the usual case, without a look at the worst one
         worst = max(self._costs.measured(rows, 0, record.context_length)[0], record.expected_seconds)
         worst += record.batch_size * self._costs.rest.worst(record.num_drafted)
         if record.drafter is not None:
@@ -317,13 +336,10 @@ class Pacer(Controller):
         labels = observed_labels(record)
         self._acceptance.update(record.request_id, record.task, drafter, bucket, labels, self._tokens)
         if record.confidences:
-            model = self._confidence.get(drafter)
-            if model is None:
-                model = self._confidence[drafter] = ConfidenceModel()
-                self._delivered[drafter] = _Delivered()
-            model.update(record.confidences, labels)
-            if drafter in self._asking and record.batch_size == 1 and not (record.truncated or record.warmup or record.probe):
-                self._delivered[drafter].update(record, seconds)
+            confident = self._states_confidence(drafter)
+            confident.model.update(record.confidences, labels)
+            if confident.asks and record.batch_size == 1 and not (record.truncated or record.warmup or record.probe):
+                confident.delivered.update(record, seconds)
         key = (record.task, drafter, bucket, rows_bucket(record.batch_size))
         if not record.probe:
             self._probes.pays(key, self._tokens)
@@ -335,15 +351,19 @@ class Pacer(Controller):
         batch, costs, context = record.batch_size, self._costs, record.context_length
         if lag < 0:
             costs.learn_plain(context, batch, seconds, record.verify_seconds)
+            if costs.knows_plain(batch):
+                self._bank.correct_start(costs.plain(context, batch))
             return
         costs.learn_round(context, rows, batch, record.verify_seconds)
         if record.drafter is not None:
-            catch_up = costs.catch_up(record.drafter, lag) if lag else 0.0
+            catch_up = min(costs.catch_up(record.drafter, lag), 0.5 * record.draft_seconds)
             costs.line(record.drafter).learn(record.num_drafted, record.draft_seconds - catch_up)
         if batch == 1:
             costs.rest.learn(record.num_drafted, seconds - record.verify_seconds - record.draft_seconds)
             if record.expected_seconds > 0.0 and record.num_drafted == record.num_planned:
                 costs.learn_deviation(record.expected_seconds, seconds)
+        else:
+            costs.overlap.observe(batch, record.draft_seconds if record.num_drafted else 0.0, seconds - record.verify_seconds)
 
     def _why_plain(self, offer: _Offer, plain: float) -> str:
         if not self.options.explain:

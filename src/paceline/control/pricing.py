@@ -15,7 +15,7 @@ _NUM_BUCKETS = _EXACT_ROWS + 17
 _CONTEXT_SHIFT = 7
 _OUTLIER = 3.0
 _SLOWEST_RATE = 0.1
-_EPOCH = 16
+_NEWS = 0.02
 
 
 def best_ratio(rates: Sequence[float], seconds: Sequence[float]) -> tuple[int, float]:
@@ -70,30 +70,49 @@ def rows_bucket(rows: int) -> int:
     return rows if rows <= _EXACT_ROWS else min(_EXACT_ROWS + (rows - 1).bit_length() - 6, _NUM_BUCKETS - 1)
 
 
-class Factor:
-    """A running factor between what was predicted and what is seen; the first ones count for more, outliers are clipped."""
+class Scales:
+    """Factors between predicted and seen forward times: one for the machine, one for each number of rows.
 
-    __slots__ = ("count", "value")
+    A surprise is shared out between the two, so that a slower machine is noticed at once for all rows, while a change of the
+    usual number of rows moves nothing. First surprises count for more, outliers are clipped.
+    """
+
+    __slots__ = ("_counts", "_rows", "_seen", "machine", "moved")
 
     def __init__(self) -> None:
-        self.value = 1.0
-        self.count = 0.0
+        self._rows = [1.0] * _NUM_BUCKETS
+        self._counts = [0.0] * _NUM_BUCKETS
+        self._seen = 0.0
+        self.machine = 1.0
+        self.moved = 0.0
+        """Sum of all changes in log terms, for caches."""
 
-    def update(self, ratio: float, weight: float = 1.0) -> None:
-        """Move towards a new ratio, by a tenth once settled."""
-        self.count += weight
-        ratio = min(max(ratio, self.value / _OUTLIER), self.value * _OUTLIER)
-        rate = 1.0 / (self.count + 1.0)
-        self.value += weight * (rate if rate > _SLOWEST_RATE else _SLOWEST_RATE) * (ratio - self.value)
+    def of(self, rows: int) -> float:
+        """The factor on a forward over this many rows."""
+        return self.machine * self._rows[rows_bucket(rows)]
+
+    def update(self, rows: int, ratio: float, weight: float = 1.0) -> None:
+        """Take in seen over predicted time. weight: share of a round that a record of a batch stands for."""
+        bucket = rows_bucket(rows)
+        surprise = ratio / (self.machine * self._rows[bucket])
+        surprise = min(max(surprise, 1.0 / _OUTLIER), _OUTLIER)
+        common = weight * max(0.1, 0.6 / (1.0 + 0.25 * self._seen))
+        own = weight * max(0.05, 0.3 / (1.0 + 0.5 * self._counts[bucket]))
+        self.machine *= surprise**common
+        self._rows[bucket] *= surprise**own
+        self._seen += weight
+        self._counts[bucket] += weight
+        self.moved += (common + own) * abs(surprise - 1.0)
 
 
 class MedianFactor:
     """Median of the last five ratios: a hiccup of the machine does not move it, three slow rounds do."""
 
-    __slots__ = ("_last", "_share", "value")
+    __slots__ = ("_last", "_share", "count", "value")
 
     def __init__(self) -> None:
         self.value = 1.0
+        self.count = 0
         self._last = [1.0] * 3
         self._share = 0.0
 
@@ -103,6 +122,7 @@ class MedianFactor:
         if self._share < 0.999:
             return
         self._share = 0.0
+        self.count += 1
         last = self._last
         last.append(ratio)
         if len(last) > 5:
@@ -159,6 +179,37 @@ class Line:
         self._nt += weight * tokens * seconds
 
 
+class Overlap:
+    """Whether the drafts of a batch are made one after another or together, from rounds in which several drafted."""
+
+    __slots__ = ("_drafting", "_rounds", "_seconds", "_seen", "serial")
+
+    def __init__(self) -> None:
+        self.serial = 0.5
+        """1: one after another; 0: together, in the time of one."""
+        self._rounds = self._seen = self._drafting = 0
+        self._seconds = 0.0
+
+    def share(self, batch: int) -> float:
+        """The part of its own drafting time that a request adds to a batched round."""
+        return self.serial + (1.0 - self.serial) / batch
+
+    def observe(self, batch: int, draft_seconds: float, host_seconds: float) -> None:
+        """Count one of the `batch` records of a round. host_seconds: of the whole round, outside the forward."""
+        self._seen += 1
+        self._drafting += draft_seconds > 0.0
+        self._seconds += draft_seconds
+        if self._seen < batch:
+            return
+        if self._drafting > 1:
+            least = 1.0 / self._drafting
+            serial = min(max((host_seconds / self._seconds - least) / (1.0 - least), 0.0), 1.0)
+            self._rounds += 1
+            self.serial += max(_SLOWEST_RATE, 1.0 / (self._rounds + 1.0)) * (serial - self.serial)
+        self._seen = self._drafting = 0
+        self._seconds = 0.0
+
+
 class LearnedCosts:
     """A cost table kept true while running."""
 
@@ -167,13 +218,13 @@ class LearnedCosts:
         self._scale = table.scale
         self._raw: dict[tuple[int, int], list[float]] = {}
         self._learnt: dict[tuple[int, int], list[float]] = {}
-        self._factors = [Factor() for _ in range(_NUM_BUCKETS)]
-        self._shared = Factor()
+        self._scales = Scales()
         self._plain = [MedianFactor() for _ in range(_NUM_BUCKETS)]
         self._lines: dict[str, Line] = {}
-        self._age = 0
+        self._moved = 0.0
         self.rest = Line(table.round_overhead, 0.0, 4.0)
         """A speculative round outside forward and drafting: sampling, committing, the host's own work."""
+        self.overlap = Overlap()
         self.deviation = 0.1
         """Mean relative deviation of speculative rounds from their predicted time."""
 
@@ -194,6 +245,10 @@ class LearnedCosts:
         """A whole plain round. Corrected by plain rounds only: the bound of the time bank rests on it."""
         return self.measured(batch, 0, context)[0] * self._plain[rows_bucket(batch)].value
 
+    def knows_plain(self, batch: int) -> bool:
+        """Whether enough plain rounds were seen to trust their price."""
+        return self._plain[rows_bucket(batch)].count >= 3
+
     def measured(self, base: int, count: int, context: int) -> list[float]:
         """The table's seconds of a forward over base, base + 1, ..., base + count rows (or more), at about this context."""
         if self._table.scale != self._scale:
@@ -211,17 +266,15 @@ class LearnedCosts:
         return curve
 
     def learnt(self, base: int, count: int, context: int) -> list[float]:
-        """As `measured`, corrected by the rounds seen so far; renewed every few rounds."""
+        """As `measured`, corrected by the rounds seen so far; renewed when they say something new."""
+        if self._scales.moved - self._moved > _NEWS:
+            self._moved = self._scales.moved
+            self._learnt.clear()
         key = (base, context >> _CONTEXT_SHIFT)
         curve = self._learnt.get(key)
         if curve is None or len(curve) <= count:
-            raw, shared = self.measured(base, count, context), self._shared.value
-            curve = []
-            for extra in range(count + 1):
-                factor = self._factors[rows_bucket(base + extra)]
-                trust = min(factor.count, 20.0)
-                curve.append(raw[extra] * (trust * factor.value + 2.0 * shared) / (trust + 2.0))
-            self._learnt[key] = curve
+            raw = self.measured(base, count, context)
+            curve = self._learnt[key] = [raw[extra] * self._scales.of(base + extra) for extra in range(count + 1)]
         return curve
 
     def learn_plain(self, context: int, batch: int, round_seconds: float, verify_seconds: float) -> None:
@@ -229,7 +282,7 @@ class LearnedCosts:
         raw = self.measured(batch, 0, context)[0]
         if raw > 0.0:
             self._plain[rows_bucket(batch)].update(round_seconds / raw, 1.0 / batch)
-            self._learn_verify(batch, verify_seconds / raw, 1.0 / batch)
+            self._learn_verify(batch, verify_seconds / raw, batch)
         if batch == 1:
             self.rest.learn(0, round_seconds - verify_seconds)
 
@@ -237,18 +290,13 @@ class LearnedCosts:
         """Count the forward of a speculative round (one of the `batch` records of a batched one)."""
         raw = self.measured(rows, 0, context)[0]
         if raw > 0.0:
-            self._learn_verify(rows, verify_seconds / raw, 1.0 / batch)
+            self._learn_verify(rows, verify_seconds / raw, batch)
 
     def learn_deviation(self, expected: float, seconds: float) -> None:
         """Count how far a speculative round was from its predicted time."""
         off = min(abs(seconds / expected - 1.0), 1.0)
         self.deviation += 0.05 * (off - self.deviation)
 
-    def _learn_verify(self, rows: int, ratio: float, weight: float) -> None:
+    def _learn_verify(self, rows: int, ratio: float, batch: int) -> None:
         if ratio > 0.0:
-            self._factors[rows_bucket(rows)].update(ratio, weight)
-            self._shared.update(ratio, weight)
-            self._age += 1
-            if self._age >= _EPOCH:
-                self._age = 0
-                self._learnt.clear()
+            self._scales.update(rows, ratio, 1.0 / batch)

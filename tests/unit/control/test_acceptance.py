@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from paceline.control.acceptance import AcceptanceModel, PositionTable, Shift, observed_labels, signal_bucket
+from paceline.control.acceptance import AcceptanceModel, PositionTable, Shift, WatchedShift, observed_labels, signal_bucket
 from paceline.records import Plan
 from unit.control.worlds import record
 
@@ -25,7 +25,7 @@ def test_a_round_cut_by_a_stop_condition_tells_nothing() -> None:
 
 
 def test_worked_example_of_discounted_counts() -> None:
-    rates = PositionTable(discount=0.9, prior=0.8, weight=3.0)
+    rates = PositionTable(discount=0.9, prior=[0.8] * 16, weight=3.0)
     rates.update((1, 1, 0))
     assert rates.means[:4] == pytest.approx([0.854054, 0.854054, 0.583784, 0.8], abs=1e-6)
     rates.update((0,))
@@ -33,14 +33,14 @@ def test_worked_example_of_discounted_counts() -> None:
 
 
 def test_a_position_beyond_anything_seen_takes_the_last_one_seen() -> None:
-    rates = PositionTable(discount=0.9, prior=0.8, weight=3.0)
+    rates = PositionTable(discount=0.9, prior=[0.8] * 16, weight=3.0)
     rates.update((1, 1, 0))
     assert rates.rates(5) == pytest.approx([0.854054, 0.854054, 0.583784, 0.583784, 0.583784], abs=1e-6)
     assert len(rates.rates(63)) == 63
 
 
 def test_positions_past_the_table_share_its_last_slot() -> None:
-    rates = PositionTable(discount=0.9, prior=0.5, weight=3.0)
+    rates = PositionTable(discount=0.9, prior=[0.5] * 16, weight=3.0)
     rates.update((1,) * 40)
     assert rates.seen == 16
     assert rates.rates(40)[-1] > 0.9
@@ -60,6 +60,12 @@ def test_before_any_evidence_a_longer_match_is_worth_more() -> None:
     rates = [first(model, bucket) for bucket in range(1, 11)]
     assert rates == sorted(rates)
     assert rates[0] < 0.3 < 0.8 < rates[-1]
+
+
+def test_a_short_match_that_held_once_is_expected_to_hold_again() -> None:
+    one, two, *_ = AcceptanceModel().rates(0, "", "ngram", 1, 4)
+    assert one < 0.3 < 0.5 < two
+    assert AcceptanceModel().rates(0, "", "model", 0, 20) == [0.7] * 20
 
 
 def test_an_unseen_bucket_follows_the_drafters_other_buckets() -> None:
@@ -111,6 +117,25 @@ def test_a_request_follows_a_change_within_a_few_rounds() -> None:
     for _ in range(8):
         model.update(0, "", "ngram", 3, (1,))
     assert first(model, 3) > 0.4
+
+
+def test_a_run_against_all_expectation_forgets_what_was_before() -> None:
+    """Three hundred acceptances, then only rejections: after six of them the old evidence is gone."""
+    shift = WatchedShift(1.0, 6.0)
+    for _ in range(300):
+        shift.update(1, hits=1.0, expected=0.8)
+    believed = shift.odds
+    for _ in range(6):
+        shift.update(1, hits=0.0, expected=0.8)
+    assert shift.total <= 6
+    assert shift.odds < 1.0 < believed
+
+
+def test_ordinary_bad_luck_is_no_change() -> None:
+    rng, shift = random.Random(4), WatchedShift(0.99, 6.0)
+    for _ in range(1000):
+        shift.update(1, hits=float(rng.random() < 0.5), expected=0.5)
+        assert 0.2 < shift.odds < 5.0
 
 
 def test_doubt_is_full_at_no_gap_and_fades_with_gap_and_evidence() -> None:

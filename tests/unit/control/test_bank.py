@@ -68,12 +68,31 @@ def test_one_interruption_in_a_while_is_not_charged() -> None:
     assert held.slack == pytest.approx(50 - 5 - 40 - 5)
 
 
+def test_a_debt_is_never_larger_than_the_start() -> None:
+    held = bank(eps=0.01)
+    for _ in range(3):
+        held.settle(20.0, 1, 8000.0)
+    assert held.slack == -50.0
+    for _ in range(300):
+        held.settle_plain(20.0)
+    assert held.grant(5.0)
+
+
+def test_a_start_that_was_too_large_is_taken_back_once() -> None:
+    held = bank(plain=320.0)
+    held.correct_start(20.0)
+    assert held.slack == pytest.approx(2.5 * 20.0)
+    held.correct_start(20.0)
+    held.correct_start(25.0)
+    assert held.slack == pytest.approx(2.5 * 20.0)
+
+
 def test_an_interrupted_batch_is_forgiven_as_a_whole_and_once() -> None:
     held = bank(eps=0.0)
     for _ in range(2):
         for _ in range(4):
-            held.settle(20.0, 0.25, 100.0, ceiling=5.0, weight=0.25)
-    assert held.slack == pytest.approx(50 - 4 * (5 - 5) - 4 * (100 - 5))
+            held.settle(20.0, 0.25, 15.0, ceiling=5.0, weight=0.25)
+    assert held.slack == pytest.approx(50 - 4 * (5 - 5) - 4 * (15 - 5))
 
 
 @settings(max_examples=200, deadline=None)

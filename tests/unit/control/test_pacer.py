@@ -303,7 +303,8 @@ def test_cold_rounds_teach_no_costs_and_do_not_empty_the_bank() -> None:
     plan = controller.plan(context(DRAFT))
     controller.observe(record(plan, plan.num_draft, round_seconds=5.0, verify_seconds=5.0, warmup=True))
     assert controller._costs.learnt(1, 4, 100)[4] == pytest.approx(23.2 * MS)
-    assert all(play(controller, 10).num_draft > 0 for _ in range(20)[10:])
+    planned = [play(controller, 10).num_draft for _ in range(20)]
+    assert all(planned[-10:])
 
 
 # ---------- the stop rule ----------
@@ -333,6 +334,36 @@ def test_drafts_far_while_confident_and_stops_after_a_doubtful_token() -> None:
         confident_round(controller, [0.97 if s else 0.2 for s in sure], accepted)
     assert confident_round(controller, [0.97] * 10, 10) >= 7
     assert confident_round(controller, [0.97, 0.97, 0.2] + [0.97] * 7, 2) <= 3
+
+
+def test_a_drafter_that_asks_but_states_no_confidence_drafts_what_was_planned() -> None:
+    controller = pacer()
+    for _ in range(100):
+        plan = controller.plan(context(DRAFT))
+        assert all(controller.keep_drafting(0, DraftFeatures(j, 0.1, 0.1, 3.0)) for j in range(1, plan.num_draft + 1))
+        controller.observe(record(plan, plan.num_draft, round_seconds=40 * MS, verify_seconds=25 * MS, draft_seconds=14 * MS))
+
+
+def test_confidences_of_drafters_that_never_ask_do_not_lengthen_plans() -> None:
+    costs = table(linear(20, 6))
+    controller, planned = pacer(costs), []
+    for _ in range(200):
+        plan = controller.plan(context(DRAFT))
+        verify = costs.t_verify(plan.num_draft + 1, 100)
+        shown = (0.9,) * plan.num_draft
+        controller.observe(record(plan, min(1, plan.num_draft), confidences=shown, round_seconds=verify, verify_seconds=verify))
+        planned.append(plan.num_draft)
+    assert max(planned[50:]) <= 2
+
+
+def test_a_restored_calibration_goes_on_learning() -> None:
+    taught, fresh = pacer(), pacer()
+    for _ in range(100):
+        confident_round(taught, [0.9] * 10, 8)
+    fresh.restore(taught.snapshot())
+    before = fresh._confident["draft"].model.labels
+    confident_round(fresh, [0.9] * 10, 8)
+    assert fresh._confident["draft"].model.labels > before > 64
 
 
 def test_calibration_rows_compare_predicted_with_observed() -> None:

@@ -19,15 +19,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from paceline.execution.cuda.capture import chunk_size
 from paceline.execution.cuda.fused import place
 
 PAGE = 64
 _TAIL = 128
-
-
-def chunk_size(head_dim: int) -> int:
-    """Keys of a chunk: what one block can hold."""
-    return max(PAGE, 16384 // head_dim)
+_CHUNK_WARPS = 8
 
 
 def page_limit(position: int) -> int:
@@ -232,7 +229,7 @@ def attend(
         stride,
         MAX_ROWS=layout.blocks.shape[1],
         ROWS=max(16, triton.next_power_of_2(group * tokens)),
-        num_warps=8,
+        num_warps=_CHUNK_WARPS,
         **common,
     )
     _tail[(rows, kv_heads * group)](

@@ -120,6 +120,11 @@ def bucket(rows: int) -> int:
     return next(b for b in ROW_BUCKETS if b >= rows)
 
 
+def chunk_size(head_dim: int) -> int:
+    """Keys of a chunk in attention: what one block can hold."""
+    return max(64, 16384 // head_dim)
+
+
 def power_of_two(number: int) -> int:
     """The next power of two, at least 1."""
     return 1 << max(0, number - 1).bit_length()

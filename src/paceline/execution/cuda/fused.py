@@ -14,7 +14,8 @@ _BLOCK = 1024
 @triton.jit
 def place(row, column):
     """Where an input of an activation row lies in column tiles (`place` of skinny.cu)."""
-    return (column // 32 * 8 + row // 8) * 256 + (row % 8 * 4 + column % 32 // 8) * 8 + column % 8
+    tile = column // 64 * 8 + row // 8
+    return tile * 512 + column % 64 // 32 * 256 + (row % 8 * 4 + column % 32 // 8) * 8 + column % 8
 
 
 @triton.jit

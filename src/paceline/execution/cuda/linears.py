@@ -21,15 +21,15 @@ _LEAST_STEPS = 3
 _SHARED_BYTES = {1: 231_000, 2: 114_500}
 """Shared memory of a block, by the number of blocks that a multiprocessor shall have room for."""
 _MAX_STAGES = 16
-_PART_FLOATS, _PART_FLAGS = 16 * 8 * 32 * 4, 16
+_PART_WORDS = 16 * 8 * 32 * 4
 
 _POINTERS = (
-    *("weights", "group_scales", "row_scales", "bias", "x", "squares", "out", "out_squares"),
-    *("k_cache", "v_cache", "rotary", "positions", "slots", "parts", "ready"),
+    *("weights", "row_scales", "bias", "x", "squares", "out", "out_squares"),
+    *("k_cache", "v_cache", "rotary", "positions", "slots", "parts"),
 )
 _NUMBERS = (
     *("k_steps", "tiles", "rows", "num_squares", "out_stride"),
-    *("heads", "kv_heads", "head_dim", "gelu", "stages"),
+    *("heads", "kv_heads", "head_dim", "gelu", "stages", "exponent"),
 )
 
 
@@ -48,8 +48,8 @@ class _Arguments(ctypes.Structure):
 class Tuning:
     """What was chosen by measurement (benchmarks/gpu_decode.py); none of it changes a bit of the results."""
 
-    wide_columns: int = 5
-    """From so many columns of 8 rows on, a block gets the whole shared memory and the next kernel starts when it ends."""
+    room: int = 1
+    """Blocks that a multiprocessor has room for: with 1, a kernel's blocks are spread evenly whatever runs before it."""
     overlap: bool = True
     """Kernels may start while the one before them ends."""
 
@@ -59,8 +59,8 @@ class Workspace:
 
     def __init__(self, device: torch.device) -> None:
         self.blocks = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        self.parts = torch.zeros(self.blocks * _PART_FLOATS, device=device)
-        self.ready = torch.zeros(self.blocks * _PART_FLAGS, dtype=torch.int32, device=device)
+        self.parts = torch.full((self.blocks * _PART_WORDS,), -1, dtype=torch.int32, device=device)
+        """All bits set: no part has come yet."""
 
 
 @cache
@@ -78,7 +78,8 @@ def ring(format: str, columns: int, room: int) -> tuple[int, int]:
     """Stages of the ring in shared memory, and bytes of it with the warps' scratch areas."""
     warps = GROUP_TILES[format]
     weights = {"bf16": 2048, "int8": 1024, "fp8": 1024, "int4": 512 + 128}[format]
-    stage, scratch = warps * weights + columns * 1024, warps * columns * 512
+    steps = 1 if format == "bf16" else 2
+    stage, scratch = steps * (warps * weights + columns * 1024), warps * columns * 512
     stages = min(_MAX_STAGES, (_SHARED_BYTES[room] - scratch) // stage)
     return stages, stages * stage + scratch
 
@@ -118,11 +119,10 @@ class PackedLinear:
         after it read without waiting). more: the other members of `Args` by name; tensors are given as such.
         """
         packed, columns = self.packed, -(-rows // 8)
-        room = 2 if columns < self._tuning.wide_columns else 1
+        room = self._tuning.room
         stages, shared_bytes = ring(packed.format, columns, room)
         values: dict[str, Any] = dict(
             weights=packed.words,
-            group_scales=packed.group_scales,
             row_scales=packed.row_scales,
             bias=self.bias,
             x=x,
@@ -131,14 +131,14 @@ class PackedLinear:
             tiles=self.tiles,
             rows=rows,
             parts=self._workspace.parts,
-            ready=self._workspace.ready,
             stages=stages,
+            exponent=0x43004300,
             **more,
         )
         pointers = {k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in values.items() if v is not None}
         kernel = _skinny(packed.format, epilogue, columns, room)
         overlap = overlap and self._tuning.overlap
-        threads = 32 * (GROUP_TILES[packed.format] + 1)
+        threads = 32 * (GROUP_TILES[packed.format] + 3)
         kernel.launch((self._blocks, 1), threads, [_Arguments(**pointers)], shared_bytes=shared_bytes, overlap=overlap)
 
     def dense(self, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
@@ -158,7 +158,7 @@ class PackedLinear:
             return unpack(packed).to(dtype)
         out = torch.empty(packed.padded_rows, packed.inputs, dtype=torch.bfloat16, device=packed.words.device)
         steps = packed.inputs // STEP
-        tensors = (packed.words, packed.group_scales, packed.row_scales, out)
+        tensors = (packed.words, packed.row_scales, out)
         arguments: list[Any] = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
         grid = (-(-steps // 8), packed.padded_rows // TILE)
         _unpacker(packed.format).launch(grid, 256, [*arguments, ctypes.c_int(steps)])

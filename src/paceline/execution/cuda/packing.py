@@ -33,9 +33,7 @@ class Packed:
     rows: int
     inputs: int
     words: torch.Tensor
-    """uint8, as `skinny.cu` reads it."""
-    group_scales: torch.Tensor | None = None
-    """int4: bfloat16 [groups, steps, tiles, 8, half, row of the pair, (scale, offset)]."""
+    """uint8, as `skinny.cu` reads it; int4: a step's words, then bfloat16 [tiles, 8, half, row of the pair, (scale, offset)]."""
     row_scales: torch.Tensor | None = None
     """int8 and fp8: float32 [padded rows]."""
 
@@ -46,7 +44,7 @@ class Packed:
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.words, self.group_scales, self.row_scales) if t is not None)
+        return sum(t.numel() * t.element_size() for t in (self.words, self.row_scales) if t is not None)
 
 
 def padded_rows(rows: int, format: str) -> int:
@@ -81,12 +79,12 @@ def natural_rows(kind: str, packed: torch.Tensor, head_dim: int = 0) -> torch.Te
 
 def column_tiles(x: torch.Tensor) -> torch.Tensor:
     """Activations [64, inputs] in the order in which `skinny.cu` reads and writes them (a copy of the same shape)."""
-    return x.view(8, 8, -1, 4, 8).permute(2, 0, 1, 3, 4).reshape(x.shape)
+    return x.view(8, 8, -1, 2, 4, 8).permute(2, 0, 3, 1, 4, 5).reshape(x.shape)
 
 
 def from_column_tiles(x: torch.Tensor) -> torch.Tensor:
     """Undo `column_tiles`."""
-    return x.view(-1, 8, 8, 4, 8).permute(1, 2, 0, 3, 4).reshape(x.shape)
+    return x.view(-1, 8, 2, 8, 4, 8).permute(1, 3, 0, 2, 4, 5).reshape(x.shape)
 
 
 def pack(weight: torch.Tensor, format: str, blocks: QuantBlocks | None = None) -> Packed:
@@ -164,15 +162,18 @@ def _pack_int4(weight: torch.Tensor, missing: int, blocks: QuantBlocks | None) -
     even, odd = lanes.view(*lanes.shape[:-1], 4, 2).unbind(-1)  # inputs 2i and 2i + 1 at bits 4i and 4i + 16 of a word
     low_bytes = even[..., 0::2] | even[..., 1::2] << 4
     high_bytes = odd[..., 0::2] | odd[..., 1::2] << 4
-    words = torch.cat([low_bytes, high_bytes], dim=-1).contiguous()
+    words = torch.cat([low_bytes, high_bytes], dim=-1)
     pairs = torch.stack([scales, offsets], -1).view(-1, GROUP_TILES["int4"], 2, 8, inputs // STEP, 2, 2)
-    return Packed("int4", rows, inputs, words, group_scales=pairs.permute(0, 4, 1, 3, 5, 2, 6).contiguous())
+    scale_bytes = pairs.permute(0, 4, 1, 3, 5, 2, 6).contiguous().view(torch.uint8)
+    return Packed("int4", rows, inputs, torch.cat([words.flatten(2), scale_bytes.flatten(2)], dim=-1))
 
 
 def _unpack_int4(packed: Packed, groups: int, steps: int) -> torch.Tensor:
-    words = packed.words.view(groups, steps, GROUP_TILES["int4"], 8, 4, 2, 2, 2, 2)
+    tiles = GROUP_TILES["int4"]
+    parts = packed.words.view(groups, steps, -1).split([tiles * 512, tiles * 128], dim=-1)
+    words = parts[0].reshape(groups, steps, tiles, 8, 4, 2, 2, 2, 2)
     nibbles = torch.stack([words & 15, words >> 4], -1).flatten(-2)  # [..., (even, odd), 4]
     quants = nibbles.transpose(-1, -2).flatten(-2).permute(0, 2, 6, 3, 1, 5, 4, 7)  # [group, tile, pair, g, step, half, t, 8]
-    assert packed.group_scales is not None
-    pairs = packed.group_scales.view(groups, steps, GROUP_TILES["int4"], 8, 2, 2, 2).permute(0, 2, 5, 3, 1, 4, 6)[..., None, None, :]
+    pairs = parts[1].contiguous().view(torch.bfloat16).view(groups, steps, tiles, 8, 2, 2, 2)
+    pairs = pairs.permute(0, 2, 5, 3, 1, 4, 6)[..., None, None, :]
     return (quants * pairs[..., 0].float() + pairs[..., 1].float()).to(torch.bfloat16).float()

@@ -12,7 +12,7 @@ import torch
 
 from paceline.errors import ModelError, OptionError, ResourceError
 from paceline.execution.base import ForwardOutput, Runner, RunnerInfo, Segment, SequenceHandle
-from paceline.execution.cuda.capture import Graphs, Layout, Rows, Shape, bucket, power_of_two
+from paceline.execution.cuda.capture import Graphs, Layout, Rows, Shape, bucket, chunk_size, power_of_two
 from paceline.execution.cuda.decoder import Decoder, misfit
 from paceline.execution.cuda.driver import missing_reason
 from paceline.execution.cuda.linears import MAX_ROWS, Tuning
@@ -243,8 +243,7 @@ class CudaRunner(Runner):
 
     def _chunks_of(self, length: int) -> int:
         """Chunks of keys in attention's grid that serve rows at positions below `length`."""
-        chunk = max(PAGE, 16384 // self._spec.head_dim)
-        return max(1, -(-(length // PAGE * PAGE) // chunk))
+        return max(1, -(-(length // PAGE * PAGE) // chunk_size(self._spec.head_dim)))
 
     def _step(self, shape: Shape) -> None:
         """A forward whose best tokens are the next step's input (to be captured)."""

@@ -2,16 +2,16 @@
 //
 // y[n][f] = sum_k w[f][k] x[n][k]. Weights are the large operand, so they are the 16-row side of mma.m16n8k16; activations are
 // its 8-column side. Weights are packed in the order in which lanes want them (packing.py), and so that what a block needs for a
-// step of 64 inputs is consecutive: one thread keeps a ring of shared-memory stages filled by bulk copies, the other warps
-// multiply. A block fetches its first weights before it waits for the kernel that makes its activations (programmatic dependent
+// step of 64 inputs is consecutive: two threads keep a ring of shared-memory stages filled by bulk copies, one with weights, one
+// with activations, and the other warps multiply. A block fetches its first weights before it waits for the kernel that makes its activations (programmatic dependent
 // launch), so that the memory stays busy between kernels.
 //
 // A group is the rows of a block, 16 for each of its warps. All groups' steps, one after another, are dealt out evenly to one
 // block a multiprocessor: a block that ends inside a group adds the sums of the blocks that go on with it, in order. So the order
 // of every sum depends on the weight's shape alone: a row of activations gets the same bits in any company.
 //
-// Activations lie in column tiles: for every 32 inputs 8 tiles of 8 rows, in each of which a lane's 8 inputs are consecutive
-// (`place`).
+// Activations lie in column tiles: for every step 8 tiles of 8 rows, in each of which the 8 inputs of a lane's half step are
+// consecutive (`place`).
 //
 // Compile-time: FORMAT (0 bf16, 1 int8, 2 fp8 e4m3, 3 int4), NT (column tiles of 8), EPILOGUE, BLOCKS (a multiprocessor has room
 // for at least so many: a second one for the next kernel's early start).
@@ -24,16 +24,16 @@ typedef unsigned short u16;
 #define GATED 2
 #define QKV 3
 #define PAGE 64
-#define WARPS (FORMAT == 0 ? 8 : 16)  // that multiply; one more copies
-#define THREADS (WARPS * 32 + 32)
+#define WARPS (FORMAT == 0 ? 8 : 16)  // that multiply; two more copy, one prepares the norms
+#define THREADS (WARPS * 32 + 96)
+#define STEPS (FORMAT == 0 ? 1 : 2)   // of a stage
 #define MAX_STAGES 16
 
 struct Args {
-    const uint4 *weights;
-    const uint4 *group_scales;  // int4: (scale, offset) in bf16 of 32 inputs of a row
+    const char *weights;        // int4: a step's words, then its (scale, offset) pairs in bf16, one for 32 inputs of a row
     const float *row_scales;    // int8, fp8: [rows of w]
     const float *bias;          // [rows of w] in packed order, or null
-    const u16 *x;               // [k / 32][8] column tiles of bf16
+    const char *x;              // column tiles of bf16
     const float *squares;       // [NT * 8][num_squares]: partial sums of squares of the un-normalised activations, or null
     void *out;                  // LOGITS: float [n][f]; RESIDUAL, GATED: column tiles; QKV: q, bf16 [n][f]
     float *out_squares;         // RESIDUAL: [n][tiles]
@@ -41,8 +41,7 @@ struct Args {
     const float *rotary;        // QKV: [position][head_dim / 2][2], cosine and sine
     const int *positions;       // QKV: [n]
     const int *slots;           // QKV: [n], page * 64 + offset
-    float4 *parts;              // [blocks][16][8][32]: sums that another block will add
-    int *ready;                 // [blocks][16]: 1 when they are there; the reader sets it back
+    uint4 *parts;               // [blocks][16][8][32]: sums that another block will add; EMPTY until they are there
     float inv_width, eps;       // of the RMS norm before this product
     int k_steps;                // k / 64
     int tiles;                  // rows of w / 16
@@ -52,6 +51,7 @@ struct Args {
     int heads, kv_heads, head_dim;
     int gelu;                   // GATED: 0 silu, 1 gelu (tanh form)
     int stages;                 // of the ring in shared memory
+    u32 exponent;               // 0x43004300
 };
 
 #define DEVICE __device__ __forceinline__
@@ -80,25 +80,22 @@ DEVICE u32 fma2(u32 a, u32 b, u32 c) { u32 r; asm("fma.rn.bf16x2 %0, %1, %2, %3;
 
 #define WORDS (FORMAT == 0 ? 4 : 2)                  // in registers
 #define WEIGHT_WORDS (FORMAT == 3 ? 1 : WORDS)       // that hold weights; int4 has one of scales, shared by 4 lanes
-#define WEIGHT_BYTES (WARPS * WEIGHT_WORDS * 512)    // of a block's step
-#define SCALE_BYTES (FORMAT == 3 ? WARPS * 128 : 0)
+#define WORD_BYTES (WARPS * WEIGHT_WORDS * 512)      // of a block's step
+#define WEIGHT_BYTES (WORD_BYTES + (FORMAT == 3 ? WARPS * 128 : 0))
 #define INPUT_BYTES (NT * 1024)
-#define STAGE_BYTES (WEIGHT_BYTES + SCALE_BYTES + INPUT_BYTES)
-
-// A constant that stays in a register: lop3 takes one immediate, and the compiler would load the other one each time. The
-// blocks are one-dimensional, but it cannot know that threadIdx.y is 0.
-DEVICE u32 held(u32 value) { return value | threadIdx.y; }
+#define STAGE_BYTES (STEPS * (WEIGHT_BYTES + INPUT_BYTES))
 
 #if FORMAT == 1
 // Bytes 0 and 2 of a word. 0x4300 | m is the bf16 number 128 + m for m < 128, and 0x4380 is 256: (128 + low bits) - (128 or 256).
-DEVICE u32 widen(u32 v) { return sub2((v & held(0x007f007fu)) | 0x43004300u, (v & held(0x00800080u)) | 0x43004300u); }
+// `p.exponent` is 0x43004300, from the arguments: as a literal it would be loaded into a register each time.
+DEVICE u32 widen(u32 v, u32 exponent) { return sub2((v & 0x007f007fu) | exponent, (v & 0x00800080u) | exponent); }
 #elif FORMAT == 2
 // e4m3 in the upper bytes of both halves: exponent and mantissa move to bf16's places, 2^120 mends the exponent's bias.
-DEVICE u32 widen(u32 v) { return mul2((v & held(0x80008000u)) | ((v >> 4) & 0x07f007f0u), 0x7b807b80u); }
+DEVICE u32 widen(u32 v, u32) { return mul2((v & 0x80008000u) | ((v >> 4) & 0x07f007f0u), 0x7b807b80u); }
 #endif
 
 // half: which 32 inputs; step: which 16 of them.
-DEVICE void operand(const uint4 (&w)[WORDS], int half, int step, u32 (&a)[4]) {
+DEVICE void operand(const uint4 (&w)[WORDS], int half, int step, u32 exponent, u32 (&a)[4]) {
 #if FORMAT == 0
     const uint4 top = w[2 * half], low = w[2 * half + 1];
     a[0] = step ? top.z : top.x;
@@ -107,16 +104,16 @@ DEVICE void operand(const uint4 (&w)[WORDS], int half, int step, u32 (&a)[4]) {
     a[3] = step ? low.w : low.y;
 #elif FORMAT == 1
     const u32 top = step ? w[half].y : w[half].x, low = step ? w[half].w : w[half].z;
-    a[0] = widen(top);
-    a[1] = widen(low);
-    a[2] = widen(top >> 8);
-    a[3] = widen(low >> 8);
+    a[0] = widen(top, exponent);
+    a[1] = widen(low, exponent);
+    a[2] = widen(top >> 8, exponent);
+    a[3] = widen(low >> 8, exponent);
 #elif FORMAT == 2
     const u32 top = step ? w[half].y : w[half].x, low = step ? w[half].w : w[half].z;
-    a[0] = widen(top << 8);
-    a[1] = widen(low << 8);
-    a[2] = widen(top);
-    a[3] = widen(low);
+    a[0] = widen(top << 8, exponent);
+    a[1] = widen(low << 8, exponent);
+    a[2] = widen(top, exponent);
+    a[3] = widen(low, exponent);
 #else
     const u32 top = half ? w[0].z : w[0].x, low = half ? w[0].w : w[0].y;
     const u32 top_scale = half ? w[1].z : w[1].x, low_scale = half ? w[1].w : w[1].y;
@@ -125,8 +122,8 @@ DEVICE void operand(const uint4 (&w)[WORDS], int half, int step, u32 (&a)[4]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int shift = 4 * (2 * step + i);
-        const u32 t = sub2(((top >> shift) & held(0x000f000fu)) | 0x43004300u, 0x43004300u);
-        const u32 l = sub2(((low >> shift) & held(0x000f000fu)) | 0x43004300u, 0x43004300u);
+        const u32 t = sub2(((top >> shift) & 0x000f000fu) | exponent, 0x43004300u);
+        const u32 l = sub2(((low >> shift) & 0x000f000fu) | exponent, 0x43004300u);
         a[2 * i] = fma2(t, ts, to);
         a[2 * i + 1] = fma2(l, ls, lo);
     }
@@ -134,7 +131,7 @@ DEVICE void operand(const uint4 (&w)[WORDS], int half, int step, u32 (&a)[4]) {
 }
 
 // Where input k of activation row n lies in column tiles.
-DEVICE int place(int n, int k) { return ((k / 32) * 8 + n / 8) * 256 + ((n % 8) * 4 + k % 32 / 8) * 8 + k % 8; }
+DEVICE int place(int n, int k) { return ((k / 64) * 8 + n / 8) * 512 + (k % 64 / 32) * 256 + ((n % 8) * 4 + k % 32 / 8) * 8 + k % 8; }
 
 // ---- what becomes of the sums: c[0], c[1] are weight row g, columns n and n + 1; c[2], c[3] weight row g + 8 ----
 
@@ -209,9 +206,10 @@ DEVICE void finish_tile(const Args &p, int tile, int column, float4 c, const flo
     finish(p, tile, n + 1, c.y, c.w, norms[n + 1]);
 }
 
-// norms[n] = 1 / rms of activation row n (1 without a norm); each row is summed by one warp in a fixed order.
+// norms[n] = 1 / rms of activation row n (1 without a norm), by one warp, in a fixed order.
 DEVICE void row_norms(const Args &p, float *norms) {
-    for (int n = threadIdx.x / 32; n < NT * 8; n += WARPS) {
+#pragma unroll 4
+    for (int n = 0; n < NT * 8; ++n) {
         float sum = 0.f;
         if (p.squares && n < p.rows)
             for (int i = lane_id(); i < p.num_squares; i += 32) sum += p.squares[n * p.num_squares + i];
@@ -221,135 +219,179 @@ DEVICE void row_norms(const Args &p, float *norms) {
     }
 }
 
-// ---- the ring: `full` stages hold a step's weights and activations, `empty` ones may be overwritten ----
-
-DEVICE u32 shared(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+// ---- the ring: a `full` stage holds its weights and activations, an `empty` one may be overwritten ----
 
 struct Barriers {
-    unsigned long long full[MAX_STAGES], empty[MAX_STAGES];
-    DEVICE void initialise(int stages) {
-        for (int i = 0; i < stages; ++i) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared(full + i)));
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared(empty + i)), "r"(WARPS));
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
+    unsigned long long full[MAX_STAGES], empty[MAX_STAGES], norms;
 };
-DEVICE void wait(const unsigned long long *barrier, int parity) {
+
+DEVICE u32 shared(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+DEVICE void initialise(Barriers &barriers, int stages) {
+    for (int i = 0; i < stages; ++i) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 2;" ::"r"(shared(barriers.full + i)));
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared(barriers.empty + i)), "r"(WARPS));
+    }
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared(&barriers.norms)));
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+DEVICE void wait(u32 barrier, int parity) {
     u32 done;
     do {
         asm volatile("{ .reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p; }"
-                     : "=r"(done) : "r"(shared(barrier)), "r"(parity) : "memory");
+                     : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
     } while (!done);
 }
-DEVICE void arrive(unsigned long long *barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared(barrier)) : "memory");
+DEVICE void arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+DEVICE void expect(u32 barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-DEVICE void expect(unsigned long long *barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared(barrier)), "r"(bytes) : "memory");
-}
-DEVICE void copy(void *to, const void *from, int bytes, unsigned long long *barrier) {
+DEVICE void copy(u32 to, const char *from, int bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(shared(to)), "l"(from), "r"(bytes), "r"(shared(barrier)) : "memory");
+                 ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
-// The copying thread: walks over the block's steps. `at` counts from the first step of the first group.
-DEVICE void copy_weights(const Args &p, char *stage, unsigned long long *full, int at) {
-    expect(full, STAGE_BYTES);
-    copy(stage, (const char *)p.weights + (long long)at * WEIGHT_BYTES, WEIGHT_BYTES, full);
-    if (SCALE_BYTES) copy(stage + WEIGHT_BYTES, (const char *)p.group_scales + (long long)at * SCALE_BYTES, SCALE_BYTES, full);
-}
-DEVICE void copy_inputs(const Args &p, char *stage, unsigned long long *full, int at) {
-    const char *x = (const char *)p.x + at % p.k_steps * 8192;
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-        copy(stage + WEIGHT_BYTES + SCALE_BYTES + half * NT * 512, x + half * 4096, NT * 512, full);
-}
-DEVICE void feed(const Args &p, char *ring, Barriers &barriers, int from, int count) {
-    const int first = min(count, p.stages);
-    for (int i = 0; i < first; ++i) copy_weights(p, ring + i * STAGE_BYTES, barriers.full + i, from + i);
+// Where a thread is in the ring, as addresses: the copying threads have no time for arithmetic.
+struct Cursor {
+    u32 stage, full, empty, end, wrap;
+    int parity;
+    DEVICE Cursor(const char *ring, const Barriers &barriers, int stages) {
+        stage = shared(ring), full = shared(barriers.full), empty = shared(barriers.empty);
+        wrap = stages, end = full + stages * 8, parity = 0;
+    }
+    DEVICE void next() {
+        stage += STAGE_BYTES, full += 8, empty += 8;
+        if (full == end) stage -= wrap * STAGE_BYTES, full -= wrap * 8, empty -= wrap * 8, parity ^= 1;
+    }
+};
+
+DEVICE void feed_weights(const Args &p, Cursor at, int from, int count) {
+    const char *source = p.weights + (long long)from * WEIGHT_BYTES;
+    for (int i = 0; i < count; i += STEPS, source += STEPS * WEIGHT_BYTES, at.next()) {
+        if (i == p.stages * STEPS) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+        if (i >= p.stages * STEPS) wait(at.empty, at.parity ^ 1);
+        const int bytes = min(STEPS, count - i) * WEIGHT_BYTES;
+        expect(at.full, bytes);
+        copy(at.stage, source, bytes, at.full);
+    }
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+DEVICE void feed_inputs(const Args &p, Cursor at, int step, int count) {
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    for (int i = 0; i < first; ++i) copy_inputs(p, ring + i * STAGE_BYTES, barriers.full + i, from + i);
-    for (int i = first, slot = 0, parity = 0; i < count; ++i) {
-        wait(barriers.empty + slot, parity);
-        copy_weights(p, ring + slot * STAGE_BYTES, barriers.full + slot, from + i);
-        copy_inputs(p, ring + slot * STAGE_BYTES, barriers.full + slot, from + i);
-        if (++slot == p.stages) slot = 0, parity ^= 1;
+    const char *source = p.x + step * 8192;
+    for (int i = 0; i < count; i += STEPS, at.next()) {
+        if (i >= p.stages * STEPS) wait(at.empty, at.parity ^ 1);
+        const int steps = min(STEPS, count - i);
+        expect(at.full, steps * INPUT_BYTES);
+        u32 to = at.stage + STEPS * WEIGHT_BYTES;
+        for (int s = 0; s < steps; ++s, to += INPUT_BYTES) {
+            copy(to, source, INPUT_BYTES, at.full);
+            source += 8192;
+            if (++step == p.k_steps) step = 0, source = p.x;
+        }
     }
 }
 
-// A multiplying warp's step. How the 16 inputs of an mma are numbered is free as long as both operands agree: a lane's 8
+DEVICE uint4 read(u32 address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    return v;
+}
+
+// N steps of a multiplying warp. How the 16 inputs of an mma are numbered is free as long as both operands agree: a lane's 8
 // inputs of a half are inputs 2t, 2t + 1, 2t + 8, 2t + 9 of two mma's.
-DEVICE void multiply(const char *stage, int last_lane, float (&sums)[NT][4]) {
-    const uint4 *weights = (const uint4 *)stage + threadIdx.x / 32 * WEIGHT_WORDS * 32 + lane_id();
-    const uint4 *inputs = (const uint4 *)(stage + WEIGHT_BYTES + SCALE_BYTES);
-    uint4 w[WORDS];
+template <int N> DEVICE void multiply(u32 weights, u32 scales, u32 inputs, u32 last, u32 exponent, float (&sums)[NT][4]) {
+    uint4 w[N][WORDS];
 #pragma unroll
-    for (int i = 0; i < WEIGHT_WORDS; ++i) w[i] = weights[i * 32];
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int i = 0; i < WEIGHT_WORDS; ++i) w[n][i] = read(weights + n * WEIGHT_BYTES + i * 512);
 #if FORMAT == 3
-    w[1] = ((const uint4 *)(stage + WEIGHT_BYTES))[threadIdx.x / 32 * 8 + lane_id() / 4];
+        w[n][1] = read(scales + n * WEIGHT_BYTES);
 #endif
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        uint4 x[NT];
-#pragma unroll
-        for (int j = 0; j < NT; ++j) x[j] = inputs[(half * NT + j) * 32 + (j == NT - 1 ? last_lane : lane_id())];
-        u32 a[4];
-        operand(w, half, 0, a);
-#pragma unroll
-        for (int j = 0; j < NT; ++j) mma(sums[j], a, x[j].x, x[j].y);
-        operand(w, half, 1, a);
-#pragma unroll
-        for (int j = 0; j < NT; ++j) mma(sums[j], a, x[j].z, x[j].w);
     }
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            uint4 x[NT];
+#pragma unroll
+            for (int j = 0; j < NT; ++j)
+                x[j] = read((j == NT - 1 ? last : inputs) + n * INPUT_BYTES + j * 1024 + half * 512);
+            u32 a[4];
+            operand(w[n], half, 0, exponent, a);
+#pragma unroll
+            for (int j = 0; j < NT; ++j) mma(sums[j], a, x[j].x, x[j].y);
+            operand(w[n], half, 1, exponent, a);
+#pragma unroll
+            for (int j = 0; j < NT; ++j) mma(sums[j], a, x[j].z, x[j].w);
+        }
 }
 
 // ---- sums of a group that several blocks share ----
 
+// A word that no sum is made of (`settled`): the place of a part that has not come yet. Data and flag are one, so that a part
+// costs a store and a load.
+#define EMPTY 0xffffffffu
+
 DEVICE int range_start(int total, int block) { return (int)((long long)total * block / gridDim.x); }
-
-DEVICE void publish(const Args &p, const float4 *sums) {
-    const int at = blockIdx.x * 16 + threadIdx.x / 32;
-    for (int j = 0; j < NT; ++j) p.parts[(at * 8 + j) * 32 + lane_id()] = sums[j * 32 + lane_id()];
-    __syncwarp();
-    if (lane_id() == 0) {
-        __threadfence();
-        asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(p.ready + at) : "memory");
-    }
+DEVICE u32 settled(float v) { return __float_as_uint(v) == EMPTY ? 0x7fffffffu : __float_as_uint(v); }
+DEVICE bool arrived(const uint4 &v) { return v.x != EMPTY && v.y != EMPTY && v.z != EMPTY && v.w != EMPTY; }
+DEVICE void store_part(uint4 *to, const uint4 &v) {
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+DEVICE uint4 load_part(const uint4 *from) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
+DEVICE uint4 *part(const Args &p, int block, int column) {
+    return p.parts + ((block * 16 + threadIdx.x / 32) * 8 + column) * 32 + lane_id();
 }
 
-// Adds what the following blocks have summed of the group that ends at `end`, in their order.
-DEVICE void collect(const Args &p, float4 *sums, int total, int end) {
-    for (int block = blockIdx.x + 1; range_start(total, block) < end; ++block) {
-        const int at = block * 16 + threadIdx.x / 32;
-        if (lane_id() == 0) {
-            int there = 0;
-            while (!there) asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(p.ready + at) : "memory");
-        }
-        __syncwarp();
-        for (int j = 0; j < NT; ++j) {
-            const float4 part = __ldcg(&p.parts[(at * 8 + j) * 32 + lane_id()]);
-            float4 &sum = sums[j * 32 + lane_id()];
-            sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
-        }
-        __syncwarp();
-        if (lane_id() == 0) p.ready[at] = 0;
-    }
-}
-
-// A warp's sums over a group's steps begin .. end - 1 are complete.
-DEVICE void emit(const Args &p, int group, int begin, int end, float (&sums)[NT][4], float4 *scratch, const float *norms) {
-    const int tile = group * WARPS + threadIdx.x / 32, total = (p.tiles + WARPS - 1) / WARPS * p.k_steps;
+// Adds what the following blocks have summed of the group that ends at `end`, in their order, and empties the places.
+#define AT_ONCE (NT <= 2 ? 4 : NT <= 4 ? 2 : 1)
+DEVICE void collect(const Args &p, float (&sums)[NT][4], int total, int end) {
+    for (int first = blockIdx.x + 1; range_start(total, first) < end; first += AT_ONCE) {
+        uint4 parts[AT_ONCE][NT];
 #pragma unroll
-    for (int j = 0; j < NT; ++j) {
-        scratch[j * 32 + lane_id()] = make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
-        sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0.f;
+        for (int i = 0; i < AT_ONCE; ++i)
+            if (range_start(total, first + i) < end)
+#pragma unroll
+                for (int j = 0; j < NT; ++j) parts[i][j] = load_part(part(p, first + i, j));
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i)
+            if (range_start(total, first + i) < end)
+#pragma unroll
+                for (int j = 0; j < NT; ++j) {
+                    while (!arrived(parts[i][j])) parts[i][j] = load_part(part(p, first + i, j));
+                    store_part(part(p, first + i, j), make_uint4(EMPTY, EMPTY, EMPTY, EMPTY));
+                    sums[j][0] += __uint_as_float(parts[i][j].x);
+                    sums[j][1] += __uint_as_float(parts[i][j].y);
+                    sums[j][2] += __uint_as_float(parts[i][j].z);
+                    sums[j][3] += __uint_as_float(parts[i][j].w);
+                }
     }
-    if (tile >= p.tiles) return;
-    if (begin > 0) return publish(p, scratch);
-    if (end < p.k_steps) collect(p, scratch, total, (group + 1) * p.k_steps);
-    for (int j = 0; j < NT; ++j) finish_tile(p, tile, j, scratch[j * 32 + lane_id()], norms);
+}
+
+// A warp's sums over a group's steps begin .. end - 1 are complete: finish them, or leave them to the block before.
+DEVICE void emit(const Args &p, int group, int begin, int end, float (&sums)[NT][4], float4 *scratch, const float *norms, u32 ready) {
+    const int tile = group * WARPS + threadIdx.x / 32, total = (p.tiles + WARPS - 1) / WARPS * p.k_steps;
+    if (tile < p.tiles && begin > 0) {
+#pragma unroll
+        for (int j = 0; j < NT; ++j)
+            store_part(part(p, blockIdx.x, j),
+                       make_uint4(settled(sums[j][0]), settled(sums[j][1]), settled(sums[j][2]), settled(sums[j][3])));
+    } else if (tile < p.tiles) {
+        if (end < p.k_steps) collect(p, sums, total, (group + 1) * p.k_steps);
+#pragma unroll
+        for (int j = 0; j < NT; ++j) scratch[j * 32 + lane_id()] = make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
+        wait(ready, 0);
+        for (int j = 0; j < NT; ++j) finish_tile(p, tile, j, scratch[j * 32 + lane_id()], norms);
+    }
+#pragma unroll
+    for (int j = 0; j < NT; ++j) sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0.f;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) skinny(const __grid_constant__ Args p) {
@@ -358,50 +400,69 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) skinny(const __gri
     __shared__ float norms[NT * 8];
     const int warp = threadIdx.x / 32, total = (p.tiles + WARPS - 1) / WARPS * p.k_steps;
     const int from = range_start(total, blockIdx.x), count = range_start(total, blockIdx.x + 1) - from;
-    if (threadIdx.x == 0) barriers.initialise(p.stages);
+    int group = from / p.k_steps, step = from % p.k_steps, begin = step;
+    if (threadIdx.x == 0) initialise(barriers, p.stages);
     __syncthreads();
-    if (warp == WARPS) {
-        if (lane_id() == 0) feed(p, ring, barriers, from, count);
+    Cursor at(ring, barriers, p.stages);
+    if (warp >= WARPS) {
+        if (threadIdx.x == WARPS * 32) feed_weights(p, at, from, count);
+        if (threadIdx.x == WARPS * 32 + 32) feed_inputs(p, at, step, count);
+        if (warp == WARPS + 2) {
+            asm volatile("griddepcontrol.wait;" ::: "memory");
+            row_norms(p, norms);
+            __syncwarp();
+            if (lane_id() == 0) arrive(shared(&barriers.norms));
+        }
         return;
     }
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    row_norms(p, norms);
-    asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
 
     float4 *scratch = (float4 *)(ring + p.stages * STAGE_BYTES) + warp * NT * 32;
-    const int last_lane = (min((NT - 1) * 8 + (int)(lane_id() >> 2), p.rows - 1) - (NT - 1) * 8) * 4 + (lane_id() & 3);
-    int group = from / p.k_steps, step = from % p.k_steps, begin = step;
+    const int live_row = min((NT - 1) * 8 + (int)(lane_id() >> 2), p.rows - 1) - (NT - 1) * 8;
+    const u32 words = warp * WEIGHT_WORDS * 512 + lane_id() * 16, scales = WORD_BYTES + warp * 128 + lane_id() / 4 * 16;
+    const u32 inputs = STEPS * WEIGHT_BYTES + lane_id() * 16, last = STEPS * WEIGHT_BYTES + (live_row * 4 + (lane_id() & 3)) * 16;
     float sums[NT][4] = {};
-    for (int i = 0, slot = 0, parity = 0; i < count; ++i) {
-        wait(barriers.full + slot, parity);
-        multiply(ring + slot * STAGE_BYTES, last_lane, sums);
-        __syncwarp();
-        if (lane_id() == 0) arrive(barriers.empty + slot);
-        if (++slot == p.stages) slot = 0, parity ^= 1;
-        if (++step == p.k_steps || i + 1 == count) {
-            emit(p, group++, begin, step, sums, scratch, norms);
-            begin = step = 0;
+    for (int i = 0; i < count; i += STEPS) {
+        wait(at.full, at.parity);
+        const int steps = min(STEPS, count - i);
+        const bool together = steps == STEPS && step + STEPS <= p.k_steps;
+        for (int s = 0; s < steps; s += together ? STEPS : 1) {
+            const u32 w = at.stage + s * WEIGHT_BYTES, x = at.stage + s * INPUT_BYTES;
+            if (together)
+                multiply<STEPS>(w + words, w + scales, x + inputs, x + last, p.exponent, sums);
+            else
+                multiply<1>(w + words, w + scales, x + inputs, x + last, p.exponent, sums);
+            step += together ? STEPS : 1;
+            if (s + (together ? STEPS : 1) == steps) {
+                __syncwarp();
+                if (lane_id() == 0) arrive(at.empty);
+            }
+            if (step == p.k_steps || i + s + (together ? STEPS : 1) == count) {
+                emit(p, group++, begin, step, sums, scratch, norms, shared(&barriers.norms));
+                begin = step = 0;
+            }
         }
+        at.next();
     }
 }
 
 // Weights back to bf16 [rows][k], for products with many rows through the library. One warp a tile of 16 rows and 64 inputs.
-extern "C" __global__ void unpack(const uint4 *weights, const uint4 *group_scales, const float *row_scales, u16 *out, int k_steps) {
+extern "C" __global__ void unpack(const char *weights, const float *row_scales, u16 *out, int k_steps) {
     const int tile = blockIdx.y, step = blockIdx.x * 8 + threadIdx.x / 32;
     if (step >= k_steps) return;
-    const long long at = ((long long)(tile / WARPS) * k_steps + step) * WARPS + tile % WARPS;
+    const char *at = weights + ((long long)(tile / WARPS) * k_steps + step) * WEIGHT_BYTES;
     uint4 w[WORDS];
 #pragma unroll
-    for (int i = 0; i < WEIGHT_WORDS; ++i) w[i] = weights[(at * WEIGHT_WORDS + i) * 32 + lane_id()];
+    for (int i = 0; i < WEIGHT_WORDS; ++i) w[i] = ((const uint4 *)at)[(tile % WARPS * WEIGHT_WORDS + i) * 32 + lane_id()];
 #if FORMAT == 3
-    w[1] = group_scales[at * 8 + lane_id() / 4];
+    w[1] = ((const uint4 *)(at + WORD_BYTES))[tile % WARPS * 8 + lane_id() / 4];
 #endif
     const int g = lane_id() >> 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         u32 a[2][4];
-        operand(w, half, 0, a[0]);
-        operand(w, half, 1, a[1]);
+        operand(w, half, 0, 0x43004300u, a[0]);
+        operand(w, half, 1, 0x43004300u, a[1]);
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             u32 v[4] = {a[0][row], a[0][row + 2], a[1][row], a[1][row + 2]};

@@ -9,6 +9,9 @@
 
 #include "vec.h"
 
+/* Sums stay in registers only if every loop over them is unrolled. */
+#define UNROLL _Pragma("GCC unroll 16")
+
 typedef struct {
   uint8_t *keys, *values; /* [layers][kv heads] regions as above */
   int32_t capacity;       /* slots, a multiple of 16 */
@@ -44,18 +47,18 @@ static void write_kv(Segment *s, size_t region, int dim, int slot, const float *
 INLINE void score_blocks(const float *const *q, const uint8_t *keys, const uint8_t *values, size_t at, int dim, float scale, const int rows,
                          const int blocks, int b, float *scores, int stride, const int f32) {
   v16 acc[8];
-  for (int i = 0; i < rows * blocks; i++) acc[i] = splat(0);
+  UNROLL for (int i = 0; i < rows * blocks; i++) acc[i] = splat(0);
   size_t block0 = at + (size_t)b * dim * 16;
   for (int d = 0; d < dim; d++)
-    for (int j = 0; j < blocks; j++) {
+    UNROLL for (int j = 0; j < blocks; j++) {
       size_t element = block0 + ((size_t)j * dim + d) * 16;
       v16 k = load_kv(keys, element, f32);
       if (d % 2) __builtin_prefetch(values + (element << (1 + f32)), 0, 2);
       else __builtin_prefetch(keys + ((element + (size_t)blocks * dim * 16) << (1 + f32)), 0, 2);
-      for (int r = 0; r < rows; r++) acc[r * blocks + j] = FMA(k, splat(q[r][d]), acc[r * blocks + j]);
+      UNROLL for (int r = 0; r < rows; r++) acc[r * blocks + j] = FMA(k, splat(q[r][d]), acc[r * blocks + j]);
     }
-  for (int r = 0; r < rows; r++)
-    for (int j = 0; j < blocks; j++) store16(scores + (size_t)r * stride + 16 * (b + j), acc[r * blocks + j] * splat(scale));
+  UNROLL for (int r = 0; r < rows; r++)
+    UNROLL for (int j = 0; j < blocks; j++) store16(scores + (size_t)r * stride + 16 * (b + j), acc[r * blocks + j] * splat(scale));
 }
 
 INLINE void score_rows(const float *const *q, const uint8_t *keys, const uint8_t *values, size_t at, int dim, float scale, const int rows,
@@ -86,9 +89,9 @@ static float softmax(float *s, int n) {
 INLINE void add_values(v16 acc[][4], const float *const *weights, const int *shift, const int rows, const uint8_t *values,
                        size_t at, int dim, int column, const int lanes, int from, int to, const int f32) {
   for (int slot = from; slot < to; slot++)
-    for (int c = 0; c < lanes; c++) {
+    UNROLL for (int c = 0; c < lanes; c++) {
       v16 v = load_kv(values, at + (size_t)slot * dim + column + 16 * c, f32);
-      for (int r = 0; r < rows; r++) acc[r][c] = FMA(v, splat(weights[r][slot - shift[r]]), acc[r][c]);
+      UNROLL for (int r = 0; r < rows; r++) acc[r][c] = FMA(v, splat(weights[r][slot - shift[r]]), acc[r][c]);
     }
 }
 
@@ -99,15 +102,16 @@ typedef struct {
   const int32_t *positions;
 } AttentionSpec;
 
-/* Up to 4 rows of one segment and one query head. out[r]: [dim]. scratch: 4 x stride floats, stride >= capacity + 64. */
+/* Up to 4 queries that share a kv head: query r belongs to row row_of[r] of the segment (not decreasing). out[r]: [dim].
+ * scratch: 4 x stride floats, stride >= capacity + 64. */
 INLINE void attend_block(const Segment *s, size_t region, const AttentionSpec *a, const float *const *q, float *const *out,
-                         int row, const int rows, const int lanes, const int f32, float *scratch, int stride) {
+                         const int *row_of, const int rows, const int lanes, const int f32, float *scratch, int stride) {
   size_t at = region * (size_t)s->capacity * a->dim;
   int start[4], prefix_end[4], count[4], shift[4];
   const float *weights[4];
-  int lowest = 1 << 30, slots = s->base + row + rows;
+  int lowest = 1 << 30, slots = s->base + row_of[rows - 1] + 1;
   for (int r = 0; r < rows; r++) {
-    int position = a->positions[s->first_row + row + r];
+    int position = a->positions[s->first_row + row_of[r]];
     start[r] = a->window && position - a->window + 1 > 0 ? position - a->window + 1 : 0;
     if (start[r] < lowest) lowest = start[r];
   }
@@ -120,10 +124,10 @@ INLINE void attend_block(const Segment *s, size_t region, const AttentionSpec *a
   for (int r = 0; r < rows; r++) {
     float *scores = scratch + (size_t)r * stride;
     int visible = 0;
-    prefix_end[r] = s->is_tree ? s->base : s->base + row + r + 1;
+    prefix_end[r] = s->is_tree ? s->base : s->base + row_of[r] + 1;
     if (start[r] > prefix_end[r]) start[r] = prefix_end[r];
     if (s->is_tree) {
-      uint64_t bits = a->ancestors[s->first_row + row + r];
+      uint64_t bits = a->ancestors[s->first_row + row_of[r]];
       for (int i = 0; i < s->num_rows && i < 64; i++)
         if (bits >> i & 1) {
           scores[s->base + visible] = scores[s->base + i];
@@ -140,14 +144,14 @@ INLINE void attend_block(const Segment *s, size_t region, const AttentionSpec *a
   if (shared_to < shared_from) shared_to = shared_from;
   for (int column = 0; column < a->dim; column += 16 * lanes) {
     v16 acc[4][4];
-    for (int r = 0; r < rows; r++)
-      for (int c = 0; c < lanes; c++) acc[r][c] = splat(0);
-    for (int r = 0; r < rows; r++) {
+    UNROLL for (int r = 0; r < rows; r++)
+      UNROLL for (int c = 0; c < lanes; c++) acc[r][c] = splat(0);
+    UNROLL for (int r = 0; r < rows; r++) {
       int to = prefix_end[r] < shared_from ? prefix_end[r] : shared_from;
       add_values(acc + r, weights + r, shift + r, 1, s->values, at, a->dim, column, lanes, start[r], to, f32);
     }
     add_values(acc, weights, shift, rows, s->values, at, a->dim, column, lanes, shared_from, shared_to, f32);
-    for (int r = 0; r < rows; r++) {
+    UNROLL for (int r = 0; r < rows; r++) {
       if (prefix_end[r] > shared_to)
         add_values(acc + r, weights + r, shift + r, 1, s->values, at, a->dim, column, lanes, shared_to, prefix_end[r], f32);
       int seen = prefix_end[r] - start[r];
@@ -156,25 +160,22 @@ INLINE void attend_block(const Segment *s, size_t region, const AttentionSpec *a
         int slot = s->base + branch[r][i - seen];
         add_values(acc + r, &weight, &slot, 1, s->values, at, a->dim, column, lanes, slot, slot + 1, f32);
       }
-      for (int c = 0; c < lanes; c++) store16(out[r] + column + 16 * c, acc[r][c] * splat(inverse[r]));
+      UNROLL for (int c = 0; c < lanes; c++) store16(out[r] + column + 16 * c, acc[r][c] * splat(inverse[r]));
     }
   }
 }
 
-/* The same for 1 to 4 rows; widths are constants inside, so that sums stay in registers. */
-static void attend(const Segment *s, size_t region, const AttentionSpec *a, const float *const *q, float *const *out, int row,
-                   int rows, int f32, float *scratch, int stride) {
-#define ATTEND(ROWS, LANES, F32) attend_block(s, region, a, q, out, row, ROWS, LANES, F32, scratch, stride)
+/* The same for 1 to 4 queries; widths are constants inside, so that sums stay in registers. */
+static void attend(const Segment *s, size_t region, const AttentionSpec *a, const float *const *q, float *const *out,
+                   const int *row_of, int rows, int f32, float *scratch, int stride) {
+#define ATTEND(ROWS, LANES, F32) attend_block(s, region, a, q, out, row_of, ROWS, LANES, F32, scratch, stride)
 #define ATTEND_ROWS(LANES, F32)                                                                                        \
   do {                                                                                                                 \
     if (rows == 4) ATTEND(4, LANES, F32);                                                                              \
+    else if (rows == 3) ATTEND(3, LANES, F32);                                                                         \
     else if (rows == 2) ATTEND(2, LANES, F32);                                                                         \
     else ATTEND(1, LANES, F32);                                                                                        \
   } while (0)
-  if (rows == 3) {
-    attend(s, region, a, q, out, row, 2, f32, scratch, stride);
-    q += 2, out += 2, row += 2, rows = 1;
-  }
   if (a->dim % 64 == 0 && !f32) ATTEND_ROWS(4, 0);
   else if (a->dim % 64 == 0) ATTEND_ROWS(4, 1);
   else if (f32) ATTEND_ROWS(1, 1);

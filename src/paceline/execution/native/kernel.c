@@ -4,6 +4,7 @@
  * The readable reference is execution/lean.py; a test holds the two together. Structs mirror execution/native/binding.py. */
 #include <math.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
@@ -66,13 +67,16 @@ struct Engine {
 
 /* ---------- threads ---------- */
 
-/* Wait until *word differs from `old`: spin for some tens of microseconds, then sleep, so that a partner that lost its core to
- * another process can have ours. */
-static void await(Engine *e, atomic_int *word, int old, int spins) {
-  for (int i = 0; i < spins; i++) {
+/* Wait until *word differs from `old`: spin, then offer the core to others, then sleep.
+ *
+ * Offering comes before sleeping because two threads that wake each other in turn stay on one core for seconds: the scheduler
+ * sees one of them runnable at a time. Two runnable ones it moves apart. */
+static void await(Engine *e, atomic_int *word, int old, int spins, int offers) {
+  for (int i = 0; i < spins + offers; i++) {
     if (atomic_load(word) != old) return;
+    if (i >= spins) sched_yield();
 #if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
+    else __builtin_ia32_pause();
 #endif
   }
   pthread_mutex_lock(&e->lock);
@@ -98,7 +102,7 @@ static void barrier(Engine *e) {
     atomic_store(&e->arrived, 0);
     announce(e, &e->phase);
   } else {
-    await(e, &e->phase, phase, 2000);
+    await(e, &e->phase, phase, 2000, 20000);
   }
 }
 
@@ -227,23 +231,23 @@ static void attention(Worker *w, int l) {
   const Model *m = &e->model;
   Batch *b = e->batch;
   AttentionSpec spec = {m->dim, m->layer[l].window, m->attention_scale, b->ancestors, b->positions};
-  int heads = m->heads + 2 * m->kv_heads, from, to;
+  int width = m->heads + 2 * m->kv_heads, group = m->heads / m->kv_heads, from, to;
   for (int si = 0; si < b->segments; si++) {
     Segment *s = b->segment + si;
-    int blocks = (s->num_rows + 3) / 4;
-    share(w, blocks * m->heads, 1, &from, &to);
+    int queries = s->num_rows * group; /* of one kv head, row by row: they share its keys and values */
+    share(w, (queries + 3) / 4 * m->kv_heads, 1, &from, &to);
     for (int item = from; item < to; item++) {
-      int head = item % m->heads, row = item / m->heads * 4;
-      int rows = s->num_rows - row < 4 ? s->num_rows - row : 4;
+      int kv_head = item % m->kv_heads, first = item / m->kv_heads * 4;
+      int count = queries - first < 4 ? queries - first : 4, row_of[4];
       const float *q[4];
       float *out[4];
-      for (int r = 0; r < rows; r++) {
-        size_t at = (size_t)s->first_row + row + r;
-        q[r] = e->qkv + (at * heads + head) * m->dim;
-        out[r] = e->attn + (at * m->heads + head) * m->dim;
+      for (int i = 0; i < count; i++) {
+        row_of[i] = (first + i) / group;
+        size_t row = (size_t)s->first_row + row_of[i], head = (size_t)kv_head * group + (first + i) % group;
+        q[i] = e->qkv + (row * width + head) * m->dim;
+        out[i] = e->attn + (row * m->heads + head) * m->dim;
       }
-      size_t region = (size_t)l * m->kv_heads + head / (m->heads / m->kv_heads);
-      attend(s, region, &spec, q, out, row, rows, m->kv_f32, w->scratch, w->stride);
+      attend(s, (size_t)l * m->kv_heads + kv_head, &spec, q, out, row_of, count, m->kv_f32, w->scratch, w->stride);
     }
   }
 }
@@ -385,7 +389,7 @@ static void *worker_main(void *arg) {
   Worker *w = arg;
   Engine *e = w->engine;
   for (int seen = 0;;) {
-    await(e, &e->job, seen, 4000);
+    await(e, &e->job, seen, 30000, 0); /* the caller is back within some tenths of a millisecond, or not soon */
     seen = atomic_load(&e->job);
     if (e->stop) return NULL;
     run(w);
