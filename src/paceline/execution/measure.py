@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from statistics import median
 from typing import Any, TypeVar
 
 import torch
@@ -120,7 +119,7 @@ class _Stepper:
         return taken
 
     def sweep(self, rows: Sequence[int], stop: float) -> list[float]:
-        """Least seconds for each number of rows (disturbances only ever add); the first pass warms up. Each is timed at least once."""
+        """Seconds for each number of rows, the lower third (disturbances only ever add); the first pass warms up."""
         samples: dict[int, list[float]] = {n: [] for n in rows}
         for n in rows:
             self.seconds(n)
@@ -128,7 +127,7 @@ class _Stepper:
             for n in rows:
                 if not samples[n] or self._clock() < stop:
                     samples[n].append(self.seconds(n))
-        return [min(samples[n]) for n in rows]
+        return [sorted(samples[n])[len(samples[n]) // 3] for n in rows]
 
 
 def load_or_measure(

@@ -81,7 +81,7 @@ class Decoder:
 
         self.x, self.gated = zeros(spec.hidden), zeros(spec.intermediate)
         self.q, self.attended = zeros(spec.heads * spec.head_dim), zeros(spec.heads * spec.head_dim)
-        self.squares = zeros(spec.hidden // _TILE, torch.float32)
+        self.squares = torch.zeros(spec.hidden // _TILE, MAX_ROWS, device=self._device)
         self.logits = zeros(self.head.packed.padded_rows, torch.float32)
 
     @property

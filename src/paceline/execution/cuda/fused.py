@@ -30,7 +30,7 @@ def _embed(
     positions,  # out
     slots,  # out
     x,  # out, column tiles of bf16
-    squares,  # out [rows, H / 16] f32
+    squares,  # out [H / 16, 64] f32
     scale,
     table_stride,
     H: tl.constexpr,
@@ -51,7 +51,7 @@ def _embed(
     tl.store(x + place(row, column), value, mask=inside)
     square = value.to(tl.float32) * value.to(tl.float32)
     tile = tl.arange(0, WIDTH // 16)
-    tl.store(squares + row * (H // 16) + tile, tl.sum(tl.reshape(square, (WIDTH // 16, 16)), 1), mask=tile < H // 16)
+    tl.store(squares + tile * 64 + row, tl.sum(tl.reshape(square, (WIDTH // 16, 16)), 1), mask=tile < H // 16)
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def _advance(best, probs, tokens, lengths, step, history, prob_history, ROWS: tl
 def embed(embedding: torch.Tensor, layout: Any, x: torch.Tensor, squares: torch.Tensor, rows: int, scale: float) -> None:
     """Rows of x from `layout.tokens`, with partial sums of squares; fills `layout.positions` and `layout.slots`.
 
-    layout: the tensors of `capture.Layout`. x: column tiles; squares [rows, H / 16] float32.
+    layout: the tensors of `capture.Layout`. x: column tiles; squares [H / 16, 64] float32.
     """
     hidden = embedding.shape[1]
     _embed[(rows,)](

@@ -78,8 +78,7 @@ def ring(format: str, columns: int, room: int) -> tuple[int, int]:
     """Stages of the ring in shared memory, and bytes of it with the warps' scratch areas."""
     warps = GROUP_TILES[format]
     weights = {"bf16": 2048, "int8": 1024, "fp8": 1024, "int4": 512 + 128}[format]
-    steps = 1 if format == "bf16" else 2
-    stage, scratch = steps * (warps * weights + columns * 1024), warps * columns * 512
+    stage, scratch = 2 * (warps * weights + columns * 1024), warps * columns * 512
     stages = min(_MAX_STAGES, (_SHARED_BYTES[room] - scratch) // stage)
     return stages, stages * stage + scratch
 
@@ -138,7 +137,7 @@ class PackedLinear:
         pointers = {k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in values.items() if v is not None}
         kernel = _skinny(packed.format, epilogue, columns, room)
         overlap = overlap and self._tuning.overlap
-        threads = 32 * (GROUP_TILES[packed.format] + 3)
+        threads = 32 * (GROUP_TILES[packed.format] + 2)
         kernel.launch((self._blocks, 1), threads, [_Arguments(**pointers)], shared_bytes=shared_bytes, overlap=overlap)
 
     def dense(self, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:

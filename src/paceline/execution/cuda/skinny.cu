@@ -24,9 +24,10 @@ typedef unsigned short u16;
 #define GATED 2
 #define QKV 3
 #define PAGE 64
-#define WARPS (FORMAT == 0 ? 8 : 16)  // that multiply; two more copy, one prepares the norms
-#define THREADS (WARPS * 32 + 96)
-#define STEPS (FORMAT == 0 ? 1 : 2)   // of a stage
+#define WARPS (FORMAT == 0 ? 8 : 16)  // that multiply; two more copy
+#define THREADS (WARPS * 32 + 64)
+#define STEPS 2  // of a stage
+#define SUBSETS 16  // of the partial sums of squares
 #define MAX_STAGES 16
 
 struct Args {
@@ -34,9 +35,9 @@ struct Args {
     const float *row_scales;    // int8, fp8: [rows of w]
     const float *bias;          // [rows of w] in packed order, or null
     const char *x;              // column tiles of bf16
-    const float *squares;       // [NT * 8][num_squares]: partial sums of squares of the un-normalised activations, or null
+    const float *squares;       // [num_squares][64]: partial sums of squares of the un-normalised activations, or null
     void *out;                  // LOGITS: float [n][f]; RESIDUAL, GATED: column tiles; QKV: q, bf16 [n][f]
-    float *out_squares;         // RESIDUAL: [n][tiles]
+    float *out_squares;         // RESIDUAL: [tiles][64]
     u16 *k_cache, *v_cache;     // QKV: [page][kv head][64][head_dim]
     const float *rotary;        // QKV: [position][head_dim / 2][2], cosine and sine
     const int *positions;       // QKV: [n]
@@ -173,7 +174,7 @@ DEVICE void finish(const Args &p, int tile, int n, float top, float low, float n
     }
 #pragma unroll
     for (int distance = 4; distance < 32; distance *= 2) square += __shfl_xor_sync(0xffffffffu, square, distance);
-    if (live && g == 0) p.out_squares[n * p.tiles + tile] = square;
+    if (live && g == 0) p.out_squares[tile * 64 + n] = square;
 #elif EPILOGUE == GATED
     if (live) ((u16 *)p.out)[place(n, tile * 8 + g)] = to_bf16(activate(top, p.gelu) * low);
 #else
@@ -206,23 +207,32 @@ DEVICE void finish_tile(const Args &p, int tile, int column, float4 c, const flo
     finish(p, tile, n + 1, c.y, c.w, norms[n + 1]);
 }
 
-// norms[n] = 1 / rms of activation row n (1 without a norm), by one warp, in a fixed order.
-DEVICE void row_norms(const Args &p, float *norms) {
-#pragma unroll 4
-    for (int n = 0; n < NT * 8; ++n) {
+DEVICE void meet() { asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); }  // of the multiplying warps
+
+// norms[n] = 1 / rms of activation row n (1 without a norm). The order of the sum does not depend on the number of rows.
+DEVICE void row_norms(const Args &p, float *sums, float *norms) {
+    if (p.squares)
+        for (int i = threadIdx.x; i < SUBSETS * NT * 8; i += WARPS * 32) {
+            const int n = i % (NT * 8), subset = i / (NT * 8);
+            float sum = 0.f;
+#pragma unroll 8
+            for (int j = subset; j < p.num_squares; j += SUBSETS) sum += p.squares[j * 64 + n];
+            sums[i] = sum;
+        }
+    meet();
+    if (threadIdx.x < NT * 8) {
         float sum = 0.f;
-        if (p.squares && n < p.rows)
-            for (int i = lane_id(); i < p.num_squares; i += 32) sum += p.squares[n * p.num_squares + i];
-#pragma unroll
-        for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-        if (lane_id() == 0) norms[n] = p.squares ? rsqrtf(sum * p.inv_width + p.eps) : 1.f;
+        if (p.squares)
+            for (int i = 0; i < SUBSETS; ++i) sum += sums[i * NT * 8 + threadIdx.x];
+        norms[threadIdx.x] = p.squares ? rsqrtf(sum * p.inv_width + p.eps) : 1.f;
     }
+    meet();
 }
 
 // ---- the ring: a `full` stage holds its weights and activations, an `empty` one may be overwritten ----
 
 struct Barriers {
-    unsigned long long full[MAX_STAGES], empty[MAX_STAGES], norms;
+    unsigned long long full[MAX_STAGES], empty[MAX_STAGES];
 };
 
 DEVICE u32 shared(const void *p) { return (u32)__cvta_generic_to_shared(p); }
@@ -231,7 +241,6 @@ DEVICE void initialise(Barriers &barriers, int stages) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 2;" ::"r"(shared(barriers.full + i)));
         asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared(barriers.empty + i)), "r"(WARPS));
     }
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared(&barriers.norms)));
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 DEVICE void wait(u32 barrier, int parity) {
@@ -334,7 +343,7 @@ template <int N> DEVICE void multiply(u32 weights, u32 scales, u32 inputs, u32 l
 // costs a store and a load.
 #define EMPTY 0xffffffffu
 
-DEVICE int range_start(int total, int block) { return (int)((long long)total * block / gridDim.x); }
+DEVICE int range_start(int total, int block) { return (u32)total * (u32)block / gridDim.x; }
 DEVICE u32 settled(float v) { return __float_as_uint(v) == EMPTY ? 0x7fffffffu : __float_as_uint(v); }
 DEVICE bool arrived(const uint4 &v) { return v.x != EMPTY && v.y != EMPTY && v.z != EMPTY && v.w != EMPTY; }
 DEVICE void store_part(uint4 *to, const uint4 &v) {
@@ -353,16 +362,18 @@ DEVICE uint4 *part(const Args &p, int block, int column) {
 // Adds what the following blocks have summed of the group that ends at `end`, in their order, and empties the places.
 #define AT_ONCE (NT <= 2 ? 4 : NT <= 4 ? 2 : 1)
 DEVICE void collect(const Args &p, float (&sums)[NT][4], int total, int end) {
-    for (int first = blockIdx.x + 1; range_start(total, first) < end; first += AT_ONCE) {
+    int upto = blockIdx.x + 1;
+    while (range_start(total, upto) < end) ++upto;
+    for (int first = blockIdx.x + 1; first < upto; first += AT_ONCE) {
         uint4 parts[AT_ONCE][NT];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i)
-            if (range_start(total, first + i) < end)
+            if (first + i < upto)
 #pragma unroll
                 for (int j = 0; j < NT; ++j) parts[i][j] = load_part(part(p, first + i, j));
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i)
-            if (range_start(total, first + i) < end)
+            if (first + i < upto)
 #pragma unroll
                 for (int j = 0; j < NT; ++j) {
                     while (!arrived(parts[i][j])) parts[i][j] = load_part(part(p, first + i, j));
@@ -376,7 +387,7 @@ DEVICE void collect(const Args &p, float (&sums)[NT][4], int total, int end) {
 }
 
 // A warp's sums over a group's steps begin .. end - 1 are complete: finish them, or leave them to the block before.
-DEVICE void emit(const Args &p, int group, int begin, int end, float (&sums)[NT][4], float4 *scratch, const float *norms, u32 ready) {
+DEVICE void emit(const Args &p, int group, int begin, int end, float (&sums)[NT][4], float4 *scratch, const float *norms) {
     const int tile = group * WARPS + threadIdx.x / 32, total = (p.tiles + WARPS - 1) / WARPS * p.k_steps;
     if (tile < p.tiles && begin > 0) {
 #pragma unroll
@@ -387,7 +398,6 @@ DEVICE void emit(const Args &p, int group, int begin, int end, float (&sums)[NT]
         if (end < p.k_steps) collect(p, sums, total, (group + 1) * p.k_steps);
 #pragma unroll
         for (int j = 0; j < NT; ++j) scratch[j * 32 + lane_id()] = make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
-        wait(ready, 0);
         for (int j = 0; j < NT; ++j) finish_tile(p, tile, j, scratch[j * 32 + lane_id()], norms);
     }
 #pragma unroll
@@ -407,15 +417,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) skinny(const __gri
     if (warp >= WARPS) {
         if (threadIdx.x == WARPS * 32) feed_weights(p, at, from, count);
         if (threadIdx.x == WARPS * 32 + 32) feed_inputs(p, at, step, count);
-        if (warp == WARPS + 2) {
-            asm volatile("griddepcontrol.wait;" ::: "memory");
-            row_norms(p, norms);
-            __syncwarp();
-            if (lane_id() == 0) arrive(shared(&barriers.norms));
-        }
         return;
     }
     asm volatile("griddepcontrol.wait;" ::: "memory");
+    row_norms(p, (float *)(ring + p.stages * STAGE_BYTES), norms);
 
     float4 *scratch = (float4 *)(ring + p.stages * STAGE_BYTES) + warp * NT * 32;
     const int live_row = min((NT - 1) * 8 + (int)(lane_id() >> 2), p.rows - 1) - (NT - 1) * 8;
@@ -438,7 +443,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) skinny(const __gri
                 if (lane_id() == 0) arrive(at.empty);
             }
             if (step == p.k_steps || i + s + (together ? STEPS : 1) == count) {
-                emit(p, group++, begin, step, sums, scratch, norms, shared(&barriers.norms));
+                emit(p, group++, begin, step, sums, scratch, norms);
                 begin = step = 0;
             }
         }
