@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paceline.config import RunnerConfig, SpeculationConfig
@@ -14,8 +18,9 @@ from paceline.drafting.base import Drafter, DrafterContext
 from paceline.errors import ModelError
 from paceline.execution.base import Runner
 from paceline.execution.factory import create_runner
-from paceline.execution.measure import load_or_measure
+from paceline.execution.measure import load_or_measure, machine_key
 from paceline.models.base import ModelSource
+from paceline.models.cachedir import cache_root, read_json
 from paceline.models.compat import compare_tokenizers
 from paceline.models.resolve import open_model
 from paceline.verification import registry as rules
@@ -92,7 +97,7 @@ def build_engine(
 
     info = target.runner.info
     context = DrafterContext(
-        vocab_size=info.vocab_size,
+        vocab_size=min(info.vocab_size, target.source.tokenizer.vocab_size),
         max_context=info.max_context,
         open_model=open_draft,
         open_self=open_self,
@@ -101,16 +106,30 @@ def build_engine(
     made = drafters.create_all(speculation.draft, speculation.drafter_options, context)
     for drafter in made:
         costs.drafters[drafter.name] = _draft_cost(drafter, drafts, costs)
+    controller = controllers.create(speculation.controller, costs, speculation.controller_options)
+    profile = _profile_path(target, speculation) if speculation.remember else None
+    if profile is not None and (known := read_json(profile)) is not None:
+        with suppress(KeyError, TypeError, ValueError):  # of another version: learn anew
+            controller.restore(known)
     return cls(
         target.runner,
         costs=costs,
-        controller=controllers.create(speculation.controller, costs, speculation.controller_options),
+        controller=controller,
+        profile=profile,
         drafters=made,
         tokenizer=target.source.tokenizer,
         source=target.source,
         speculation=speculation,
         notes=target.notes,
     )
+
+
+def _profile_path(target: Target, speculation: SpeculationConfig) -> Path:
+    """Where a controller's profile lies: one for each machine, model, precision, controller and set of drafters."""
+    info = target.runner.info
+    what = [machine_key(info.device), target.source.fingerprint, info.precision, speculation.controller, speculation.draft]
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+    return cache_root() / "profiles" / f"{digest}.json"
 
 
 def _draft_cost(drafter: Drafter, drafts: dict[str, tuple[Runner, CostTable]], target: CostTable) -> DraftCost:

@@ -115,6 +115,8 @@ class SpeculationConfig:
     """Verification rule; `auto` picks a lossless one that fits draft and sampling."""
     controller_options: dict[str, Any] = field(default_factory=dict)
     drafter_options: dict[str, Any] = field(default_factory=dict)
+    remember: bool = False
+    """Begin with what the controller learnt in earlier runs of this model on this machine, and keep what it learns (no text)."""
 
     def __post_init__(self) -> None:
         ok = isinstance(self.max_draft_tokens, int) and 1 <= self.max_draft_tokens <= 63

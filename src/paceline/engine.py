@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from time import perf_counter
 from typing import Any, overload
 
@@ -19,6 +20,7 @@ from paceline.drafting.base import Drafter
 from paceline.errors import ModelError, OptionError, PromptError
 from paceline.execution.base import Runner, prefill
 from paceline.models.base import ModelSource, Tokenizer
+from paceline.models.cachedir import write_json_atomic
 from paceline.records import GenerationResult
 from paceline.request import Request, StreamEvent
 from paceline.sampling import check_token_ids, resolve_seed
@@ -43,8 +45,10 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         source: ModelSource | None = None,
         speculation: SpeculationConfig | None = None,
+        profile: Path | None = None,
         notes: Sequence[str] = (),
     ) -> None:
+        """profile: file that `close` writes what the controller learnt to."""
         self.runner = runner
         self.costs = costs
         self.controller = controller
@@ -52,6 +56,7 @@ class Engine:
         self.source = source
         self.speculation = speculation or SpeculationConfig()
         self.notes = tuple(notes)
+        self._profile = profile
         self._tokenizer = tokenizer
         self._ids = count()
 
@@ -169,7 +174,10 @@ class Engine:
         return self.tokenizer.render_chat(messages)
 
     def close(self) -> None:
-        """End worker threads and give memory back."""
+        """End worker threads, give memory back, and keep the controller's profile if asked to. Raises CacheError."""
+        learnt = self.controller.snapshot() if self._profile is not None else None
+        if self._profile is not None and learnt is not None:
+            write_json_atomic(self._profile, learnt)
         shutdown = getattr(self.runner, "shutdown", None)
         if shutdown is not None:
             shutdown()

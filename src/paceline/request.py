@@ -159,14 +159,16 @@ class Request:
         """Keep what was accepted, in cache, text and drafters. Returns the new text and how many tokens stayed."""
         pushed = self._output.push(verdict.emitted)
         kept = pushed.accepted
-        runner.accept(self.sequence, (0, *(node + 1 for node in verdict.path)))
+        path = (0, *(node + 1 for node in verdict.path))
+        runner.accept(self.sequence, path)
         self.tokens.extend(verdict.emitted[:kept])
         self.from_draft.extend([True] * min(kept, len(verdict.path)) + [False] * (kept > len(verdict.path)))
         del self.logprobs[self.num_generated :]
         self.finish_reason = pushed.finished
         for name, session in self.sessions.items():
             own = verdict if step.draft.drafter == name and step.draft.tokens else None
-            session.observe(own, logits if name in self._wanting else None)
+            rows = logits if own is not None or step.draft.parents is None else logits[list(path)]
+            session.observe(own, rows if name in self._wanting else None)
         return pushed.text, kept
 
     def record(

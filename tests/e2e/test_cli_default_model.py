@@ -110,3 +110,29 @@ def test_recorded_rounds_can_be_replayed(launch: Launch, tmp_path: Path) -> None
     )
     assert replayed.code == 0, replayed.stderr
     assert {row["controller"] for row in json.loads(out.read_text())["results"]} == {"plain", "fixed_4", "pacer"}
+
+
+def test_a_corpus_of_ones_own_is_built_and_drafted_from(launch: Launch, tmp_path: Path) -> None:
+    text, folder = tmp_path / "text.txt", tmp_path / "corpus"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 3)
+    built = finish(launch(*PACELINE, "corpus", "build", str(text), "--out", str(folder)))
+    assert built.code == 0, built.stderr
+    options = ("--draft", f"rest:{folder}", "--controller", "fixed", "--max-tokens", "24", "--json")
+    answer = json.loads(finish(launch(*PACELINE, "generate", REPEAT, *options)).stdout)
+    assert answer["drafter"] == f"rest:{folder}"
+    assert answer["accepted"] > 0
+
+
+def test_what_the_pacer_learnt_is_kept_only_when_asked(launch: Launch, environment: dict[str, str]) -> None:
+    profiles = Path(environment["PACELINE_CACHE"]) / "profiles"
+    assert finish(launch(*PACELINE, "generate", REPEAT, "--max-tokens", "16")).code == 0
+    assert not profiles.exists()
+    assert finish(launch(*PACELINE, "generate", REPEAT, "--max-tokens", "16", "--remember")).code == 0
+    (profile,) = profiles.iterdir()
+    learnt = json.loads(profile.read_text())
+    learnt["acceptance"] += [{**learnt["acceptance"][0], "task": "from an earlier run"}]
+    profile.write_text(json.dumps(learnt))
+    assert finish(launch(*PACELINE, "generate", REPEAT, "--max-tokens", "16", "--remember")).code == 0
+    assert "from an earlier run" in profile.read_text()
+    profile.write_text("{}")
+    assert finish(launch(*PACELINE, "generate", REPEAT, "--max-tokens", "16", "--remember")).code == 0

@@ -46,6 +46,7 @@ def explain(
         raise OptionError(f"-n = {settings.sampling.n}: explain one answer at a time; leave it out")
     text = loading.read_prompt(prompt)
     with loading.open_engine(settings) as engine:
+        engine.controller.explain()
         result = Request.make(engine, text, system, chat).run(engine, settings.sampling)[0]
         if as_json:
             typer.echo(json.dumps(explanation(engine, result), ensure_ascii=False))
@@ -55,7 +56,7 @@ def explain(
         if len(result.steps) > rounds:
             console.print(f"{len(result.steps) - rounds} more rounds; --rounds {len(result.steps)} shows all")
         console.print(cost_table(engine, context=_last_context(result)))
-        if reliability := calibration(engine):
+        if reliability := engine.controller.calibration():
             console.print(calibration_table(reliability))
         print_summary(engine, result)
 
@@ -109,12 +110,6 @@ def cost_table(engine: Engine, context: int) -> Table:
     return table
 
 
-def calibration(engine: Engine) -> list[dict[str, Any]]:
-    """The controller's reliability table (predicted against observed acceptance), if it keeps one."""
-    offered = getattr(engine.controller, "calibration", None)
-    return list(offered()) if callable(offered) else []
-
-
 def calibration_table(rows: list[dict[str, Any]]) -> Table:
     """A row for each bin of predicted acceptance."""
     table = Table(title="calibration: predicted and observed acceptance")
@@ -131,5 +126,5 @@ def explanation(engine: Engine, result: GenerationResult) -> dict[str, Any]:
         "steps": [asdict(step) for step in result.steps],
         "costs": engine.costs.to_json(),
         "cost_curve": cost_curve(engine, _last_context(result)),
-        "calibration": calibration(engine),
+        "calibration": engine.controller.calibration(),
     }

@@ -15,6 +15,7 @@ from paceline._version import __version__
 from paceline.cli.bench import bench
 from paceline.cli.chat import chat
 from paceline.cli.compare import compare
+from paceline.cli.corpus import corpus
 from paceline.cli.explain import explain
 from paceline.cli.generate import generate
 from paceline.cli.info import info
@@ -47,6 +48,7 @@ def root(
 
 for command in (generate, chat, info, explain, bench, compare, controllers, drafters, trace, replay):
     app.command()(command)
+app.add_typer(corpus, name="corpus")
 
 
 def _fail(message: str, code: int) -> int:

@@ -53,6 +53,7 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
         Flag("max_draft_tokens", "Most tokens to draft in a round.", "--max-draft"),
         Flag("controller_options", "Option of the controller, as NAME=VALUE; repeatable.", "--option"),
         Flag("drafter_options", "Option of the drafter, as NAME=VALUE; repeatable.", "--drafter-option"),
+        Flag("remember", "Start with what earlier runs learnt about acceptance, and keep what this one learns (no text)."),
     ),
     SamplingParams: (
         Flag("max_tokens", "Most tokens to answer with."),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
 
@@ -48,6 +49,20 @@ class Controller(ABC):
 
     def finish(self, request_id: int) -> None:
         """The request ended: forget its own state."""
+
+    def explain(self) -> None:
+        """Give reasons with figures from now on, if that costs extra."""
+
+    def calibration(self) -> list[dict[str, Any]]:
+        """Predicted against observed acceptance, as rows of a reliability diagram; empty without such estimates."""
+        return []
+
+    def snapshot(self) -> dict[str, Any] | None:
+        """What was learnt, as plain data for a stored profile; None when there is nothing worth keeping."""
+        return None
+
+    def restore(self, data: dict[str, Any]) -> None:
+        """Begin with a stored profile. Raises KeyError, TypeError or ValueError on data that `snapshot` did not write."""
 
 
 def longest_outlook(context: RoundContext) -> Outlook | None:

@@ -8,7 +8,7 @@ Prices are expected tokens over expected seconds for every length, from learnt c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
@@ -206,6 +206,9 @@ class Pacer(Controller):
     def finish(self, request_id: int) -> None:
         self._acceptance.forget(request_id)
         self._running.pop(request_id, None)
+
+    def explain(self) -> None:
+        self.options = replace(self.options, explain=True)
 
     def calibration(self) -> list[dict[str, Any]]:
         """Reliability diagrams as rows: predicted and observed acceptance of each drafter that states its confidence."""
