@@ -25,8 +25,8 @@ from paceline.execution.cuda.fused import place
 PAGE = 64
 _TAIL = 128
 _CHUNK_WARPS = 8
-_FEW_ROWS = 12
-"""With more rows, the heads of a group share a block of `_tail`: there are blocks enough, and keys are fetched once."""
+_TAIL_REGISTERS = 56
+"""Of a lane of `_tail`: so many that 32 rows of 36 heads run at once."""
 
 
 def page_limit(position: int) -> int:
@@ -120,21 +120,20 @@ def _tail(
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     CHUNK: tl.constexpr,
-    MEMBERS: tl.constexpr,
     TAIL: tl.constexpr,
     JOIN: tl.constexpr,
     WINDOW: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The last keys of one row and MEMBERS heads (one, or all of a group), then the join with the row's chunks.
+    """The last keys of one row and one head, then the join with the row's chunks.
 
     `_chunks` lets this kernel start once queries, keys and values are there: only the chunks' sums must be waited for. Loads
     before that wait go past the first-level cache, which may hold the layer before.
     """
     if OVERLAP:
         gdc_launch_dependents()
-    row, first_head = tl.program_id(0), tl.program_id(1) * MEMBERS
-    head = first_head // GROUP
+    row, query_head = tl.program_id(0), tl.program_id(1)
+    head = query_head // GROUP
     position, length = tl.load(positions + row), tl.load(lengths + row)
     sequence = tl.maximum(tl.load(sequences + row), 0)  # -1: a row that only fills the bucket
     limit = tl.maximum((position + 1 - 64) // 64, 0) * 64
@@ -150,36 +149,33 @@ def _tail(
     d = tl.arange(0, D)
     k = tl.load(keys + at[:, None] + d[None, :], mask=seen[:, None], other=0.0, cache_modifier=".cg")
     v = tl.load(values + at[:, None] + d[None, :], mask=seen[:, None], other=0.0, cache_modifier=".cg")
+    entry = row * KV_HEADS * GROUP + query_head
+    query = tl.load(q + entry * D + d, cache_modifier=".cg").to(tl.float32) * scale
+    scores = tl.where(seen, tl.sum(k.to(tl.float32) * query[None, :], 1), float("-inf"))
+    peak = tl.max(scores, 0)
+    weight = tl.exp2(scores - peak)
+    total = tl.sum(weight, 0)
+    result = tl.sum(v.to(tl.float32) * weight[:, None], 0)
+    if OVERLAP:
+        gdc_wait()
     first_chunk = 0
     if WINDOW > 0:
         first_chunk = tl.maximum(position - WINDOW + 1, 0) // CHUNK
     chunks = (limit + CHUNK - 1) // CHUNK
-    for member in tl.static_range(MEMBERS):
-        query_head = first_head + member
-        entry = row * KV_HEADS * GROUP + query_head
-        query = tl.load(q + entry * D + d, cache_modifier=".cg").to(tl.float32) * scale
-        scores = tl.where(seen, tl.sum(k.to(tl.float32) * query[None, :], 1), float("-inf"))
-        peak = tl.max(scores, 0)
-        weight = tl.exp2(scores - peak)
-        total = tl.sum(weight, 0)
-        result = tl.sum(v.to(tl.float32) * weight[:, None], 0)
-        if OVERLAP:
-            if member == 0:
-                gdc_wait()
-        for start in range(first_chunk // JOIN * JOIN, chunks, JOIN):
-            chunk = start + tl.arange(0, JOIN)
-            known = (chunk < chunks) & (chunk >= first_chunk)
-            part = entry * num_chunks + chunk
-            part_peak = tl.load(stats + part * 2, mask=known, other=float("-inf"))
-            part_total = tl.load(stats + part * 2 + 1, mask=known, other=0.0)
-            part_sum = tl.load(sums + part[:, None] * D + d[None, :], mask=known[:, None], other=0.0)
-            higher = tl.maximum(peak, tl.max(part_peak, 0))
-            share = tl.exp2(part_peak - higher)
-            keep = tl.exp2(peak - higher)
-            total = total * keep + tl.sum(part_total * share, 0)
-            result = result * keep + tl.sum(part_sum * share[:, None], 0)
-            peak = higher
-        tl.store(out + place(row, query_head * D + d), (result / total).to(tl.bfloat16))
+    for start in range(first_chunk // JOIN * JOIN, chunks, JOIN):
+        chunk = start + tl.arange(0, JOIN)
+        known = (chunk < chunks) & (chunk >= first_chunk)
+        part = entry * num_chunks + chunk
+        part_peak = tl.load(stats + part * 2, mask=known, other=float("-inf"))
+        part_total = tl.load(stats + part * 2 + 1, mask=known, other=0.0)
+        part_sum = tl.load(sums + part[:, None] * D + d[None, :], mask=known[:, None], other=0.0)
+        higher = tl.maximum(peak, tl.max(part_peak, 0))
+        share = tl.exp2(part_peak - higher)
+        keep = tl.exp2(peak - higher)
+        total = total * keep + tl.sum(part_total * share, 0)
+        result = result * keep + tl.sum(part_sum * share[:, None], 0)
+        peak = higher
+    tl.store(out + place(row, query_head * D + d), (result / total).to(tl.bfloat16))
 
 
 def block_tokens(group: int, num_tokens: int) -> int:
@@ -238,8 +234,7 @@ def attend(
         num_warps=_CHUNK_WARPS,
         **common,
     )
-    members = 1 if rows <= _FEW_ROWS else group
-    _tail[(rows, kv_heads * group // members)](
+    _tail[(rows, kv_heads * group)](
         q,
         keys,
         values,
@@ -254,9 +249,9 @@ def attend(
         factor,
         chunks,
         stride,
-        MEMBERS=members,
         TAIL=_TAIL,
         JOIN=16,
         num_warps=max(4, head_dim // 16),
+        maxnreg=_TAIL_REGISTERS,
         **common,
     )

@@ -18,8 +18,13 @@ MAX_ROWS = 64
 EPILOGUES = {"logits": 0, "residual": 1, "gated": 2, "qkv": 3}
 _LEAST_STEPS = 3
 """A block gets at least so many steps of a small matrix: more blocks would only wait for each other."""
-_SHARED_BYTES = {1: 231_000, 2: 114_500}
-"""Shared memory of a block, by the number of blocks that a multiprocessor shall have room for."""
+_SHARED_BYTES = 216_000
+"""Shared memory of a block: so much that a multiprocessor holds one block, which spreads them evenly whatever runs before, and
+leaves room for attention's small blocks, which run before the weights behind them are needed."""
+_SPARE_BYTES = 44_000
+"""What the product before attention leaves free, so that attention can fetch its keys early."""
+_FINE_UNITS = 12
+"""A block with fewer stages of two steps gets stages of one: the work is dealt out more evenly."""
 _MAX_STAGES = 16
 _PART_WORDS = 16 * 8 * 32 * 4
 
@@ -48,8 +53,6 @@ class _Arguments(ctypes.Structure):
 class Tuning:
     """What was chosen by measurement (benchmarks/gpu_decode.py); none of it changes a bit of the results."""
 
-    room: int = 1
-    """Blocks that a multiprocessor has room for: with 1, a kernel's blocks are spread evenly whatever runs before it."""
     overlap: bool = True
     """Kernels may start while the one before them ends."""
 
@@ -64,22 +67,22 @@ class Workspace:
 
 
 @cache
-def _skinny(format: str, epilogue: str, columns: int, room: int) -> Kernel:
-    defines = {"NT": columns, "FORMAT": FORMATS[format], "EPILOGUE": EPILOGUES[epilogue], "BLOCKS": room}
-    return Kernel("skinny.cu", "skinny", defines, _SHARED_BYTES[room])
+def _skinny(format: str, epilogue: str, columns: int, steps: int) -> Kernel:
+    defines = {"NT": columns, "FORMAT": FORMATS[format], "EPILOGUE": EPILOGUES[epilogue], "STEPS": steps}
+    return Kernel("skinny.cu", "skinny", defines, _SHARED_BYTES)
 
 
 @cache
 def _unpacker(format: str) -> Kernel:
-    return Kernel("skinny.cu", "unpack", {"NT": 1, "FORMAT": FORMATS[format], "EPILOGUE": 0, "BLOCKS": 1})
+    return Kernel("skinny.cu", "unpack", {"NT": 1, "FORMAT": FORMATS[format], "EPILOGUE": 0, "STEPS": 1})
 
 
-def ring(format: str, columns: int, room: int) -> tuple[int, int]:
+def ring(format: str, columns: int, steps: int, limit: int = _SHARED_BYTES) -> tuple[int, int]:
     """Stages of the ring in shared memory, and bytes of it with the warps' scratch areas."""
     warps = GROUP_TILES[format]
     weights = {"bf16": 2048, "int8": 1024, "fp8": 1024, "int4": 512 + 128}[format]
-    stage, scratch = 2 * (warps * weights + columns * 1024), warps * columns * 512
-    stages = min(_MAX_STAGES, (_SHARED_BYTES[room] - scratch) // stage)
+    stage, scratch = steps * (warps * weights + columns * 1024), warps * columns * 512
+    stages = min(_MAX_STAGES, (limit - scratch) // stage)
     return stages, stages * stage + scratch
 
 
@@ -110,6 +113,8 @@ class PackedLinear:
         self.bias = None if bias is None else F.pad(bias.float()[on_device], (0, self.packed.padded_rows - len(bias)))
         steps = -(-self.tiles // GROUP_TILES[format]) * (self.packed.inputs // STEP)
         self._blocks = max(1, min(workspace.blocks, steps // _LEAST_STEPS))
+        coarse = self.packed.inputs // STEP % 2 == 0 and steps >= 2 * _FINE_UNITS * self._blocks
+        self._steps = 2 if coarse else 1
 
     def launch(self, epilogue: str, rows: int, x: torch.Tensor, out: torch.Tensor, *, overlap: bool = True, **more: Any) -> None:
         """out[n] = finish(weight @ x[n]) for n < rows <= 64.
@@ -118,8 +123,8 @@ class PackedLinear:
         after it read without waiting). more: the other members of `Args` by name; tensors are given as such.
         """
         packed, columns = self.packed, -(-rows // 8)
-        room = self._tuning.room
-        stages, shared_bytes = ring(packed.format, columns, room)
+        limit = _SHARED_BYTES - (_SPARE_BYTES if epilogue == "qkv" else 0)
+        stages, shared_bytes = ring(packed.format, columns, self._steps, limit)
         values: dict[str, Any] = dict(
             weights=packed.words,
             row_scales=packed.row_scales,
@@ -131,11 +136,11 @@ class PackedLinear:
             rows=rows,
             parts=self._workspace.parts,
             stages=stages,
-            exponent=0x43004300,
+            exponent=0x41804180 if packed.format == "int4" else 0x43004300,
             **more,
         )
         pointers = {k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in values.items() if v is not None}
-        kernel = _skinny(packed.format, epilogue, columns, room)
+        kernel = _skinny(packed.format, epilogue, columns, self._steps)
         overlap = overlap and self._tuning.overlap
         threads = 32 * (GROUP_TILES[packed.format] + 2)
         kernel.launch((self._blocks, 1), threads, [_Arguments(**pointers)], shared_bytes=shared_bytes, overlap=overlap)

@@ -144,36 +144,42 @@ def _rounded_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _pack_int4(weight: torch.Tensor, missing: int, blocks: QuantBlocks | None) -> Packed:
-    """Groups of 32 inputs, w = scale * q + offset with q in 0..15 and both in bfloat16."""
+    """Groups of 32 inputs, w = scale * (16 + q) + offset with q in 0..15 and both in bfloat16."""
     rows, inputs = weight.shape
     if blocks is not None and blocks.bits == 4:
         quants = torch.from_numpy(blocks.quants).to(weight.device)
-        scales = torch.from_numpy(blocks.scales).to(weight.device, torch.bfloat16)
-        offsets = torch.from_numpy(blocks.offsets).to(weight.device, torch.bfloat16)
+        file_scales, file_offsets = (torch.from_numpy(t).to(weight.device) for t in (blocks.scales, blocks.offsets))
+        scales, offsets = file_scales.to(torch.bfloat16), (file_offsets - 16 * file_scales).to(torch.bfloat16)
     else:
         groups = weight.float().view(rows, -1, GROUP)
         low, high = groups.amin(2), groups.amax(2)
-        offsets = low.to(torch.bfloat16)
         scales = ((high - low) / 15).clamp_min(1e-30).to(torch.bfloat16)
-        steps = (groups - offsets.float()[..., None]) / scales.float()[..., None]
+        offsets = (low - 16 * scales.float()).to(torch.bfloat16)
+        steps = (groups - offsets.float()[..., None]) / scales.float()[..., None] - 16
         quants = steps.round().clamp(0, 15).to(torch.uint8).view(rows, inputs)
     quants, scales, offsets = (F.pad(t, (0, 0, 0, missing)) for t in (quants, scales, offsets))
     lanes = _lanes(quants, "int4").permute(0, 4, 1, 3, 6, 5, 2, 7)  # [group, step, tile, g, t, half, pair, 8]
-    even, odd = lanes.view(*lanes.shape[:-1], 4, 2).unbind(-1)  # inputs 2i and 2i + 1 at bits 4i and 4i + 16 of a word
-    low_bytes = even[..., 0::2] | even[..., 1::2] << 4
-    high_bytes = odd[..., 0::2] | odd[..., 1::2] << 4
-    words = torch.cat([low_bytes, high_bytes], dim=-1)
+    word = torch.zeros(lanes.shape[:-1], dtype=torch.int64, device=weight.device)
+    for i in range(8):  # inputs 2i and 2i + 1 at bits 4i + 3 and 4i + 19, beyond bit 31 from the start again
+        word |= lanes[..., i].long() << _nibble_shift(i)
+    word = (word | word >> 32) & 0xFFFFFFFF
+    words = torch.stack([word >> 8 * i & 255 for i in range(4)], -1).to(torch.uint8)
     pairs = torch.stack([scales, offsets], -1).view(-1, GROUP_TILES["int4"], 2, 8, inputs // STEP, 2, 2)
     scale_bytes = pairs.permute(0, 4, 1, 3, 5, 2, 6).contiguous().view(torch.uint8)
     return Packed("int4", rows, inputs, torch.cat([words.flatten(2), scale_bytes.flatten(2)], dim=-1))
 
 
+def _nibble_shift(index: int) -> int:
+    return 4 * (index // 2) + 3 + 16 * (index % 2)
+
+
 def _unpack_int4(packed: Packed, groups: int, steps: int) -> torch.Tensor:
     tiles = GROUP_TILES["int4"]
     parts = packed.words.view(groups, steps, -1).split([tiles * 512, tiles * 128], dim=-1)
-    words = parts[0].reshape(groups, steps, tiles, 8, 4, 2, 2, 2, 2)
-    nibbles = torch.stack([words & 15, words >> 4], -1).flatten(-2)  # [..., (even, odd), 4]
-    quants = nibbles.transpose(-1, -2).flatten(-2).permute(0, 2, 6, 3, 1, 5, 4, 7)  # [group, tile, pair, g, step, half, t, 8]
+    values = parts[0].contiguous().view(torch.int32).view(groups, steps, tiles, 8, 4, 2, 2).long() & 0xFFFFFFFF
+    values = values | values << 32
+    quants = torch.stack([values >> _nibble_shift(i) & 15 for i in range(8)], -1)
+    quants = quants.permute(0, 2, 6, 3, 1, 5, 4, 7)  # [group, tile, pair, g, step, half, t, 8]
     pairs = parts[1].contiguous().view(torch.bfloat16).view(groups, steps, tiles, 8, 2, 2, 2)
     pairs = pairs.permute(0, 2, 5, 3, 1, 4, 6)[..., None, None, :]
-    return (quants * pairs[..., 0].float() + pairs[..., 1].float()).to(torch.bfloat16).float()
+    return ((16 + quants) * pairs[..., 0].float() + pairs[..., 1].float()).to(torch.bfloat16).float()

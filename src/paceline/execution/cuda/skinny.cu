@@ -6,15 +6,14 @@
 // with activations, and the other warps multiply. A block fetches its first weights before it waits for the kernel that makes its activations (programmatic dependent
 // launch), so that the memory stays busy between kernels.
 //
-// A group is the rows of a block, 16 for each of its warps. All groups' steps, one after another, are dealt out evenly to one
+// A group is the rows of a block, 16 for each of its warps. All groups' stages, one after another, are dealt out evenly to one
 // block a multiprocessor: a block that ends inside a group adds the sums of the blocks that go on with it, in order. So the order
 // of every sum depends on the weight's shape alone: a row of activations gets the same bits in any company.
 //
 // Activations lie in column tiles: for every step 8 tiles of 8 rows, in each of which the 8 inputs of a lane's half step are
 // consecutive (`place`).
 //
-// Compile-time: FORMAT (0 bf16, 1 int8, 2 fp8 e4m3, 3 int4), NT (column tiles of 8), EPILOGUE, BLOCKS (a multiprocessor has room
-// for at least so many: a second one for the next kernel's early start).
+// Compile-time: FORMAT (0 bf16, 1 int8, 2 fp8 e4m3, 3 int4), NT (column tiles of 8), EPILOGUE, STEPS (steps of a stage: 1 or 2).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -26,8 +25,7 @@ typedef unsigned short u16;
 #define PAGE 64
 #define WARPS (FORMAT == 0 ? 8 : 16)  // that multiply; two more copy
 #define THREADS (WARPS * 32 + 64)
-#define STEPS 2  // of a stage
-#define SUBSETS 16  // of the partial sums of squares
+#define SUBSETS 32  // of the partial sums of squares
 #define MAX_STAGES 16
 
 struct Args {
@@ -44,7 +42,7 @@ struct Args {
     const int *slots;           // QKV: [n], page * 64 + offset
     uint4 *parts;               // [blocks][16][8][32]: sums that another block will add; EMPTY until they are there
     float inv_width, eps;       // of the RMS norm before this product
-    int k_steps;                // k / 64
+    int k_steps;                // k / 64, a multiple of STEPS
     int tiles;                  // rows of w / 16
     int rows;                   // rows of x that count
     int num_squares;
@@ -52,7 +50,7 @@ struct Args {
     int heads, kv_heads, head_dim;
     int gelu;                   // GATED: 0 silu, 1 gelu (tanh form)
     int stages;                 // of the ring in shared memory
-    u32 exponent;               // 0x43004300
+    u32 exponent;               // EXPONENT
 };
 
 #define DEVICE __device__ __forceinline__
@@ -85,10 +83,11 @@ DEVICE u32 fma2(u32 a, u32 b, u32 c) { u32 r; asm("fma.rn.bf16x2 %0, %1, %2, %3;
 #define WEIGHT_BYTES (WORD_BYTES + (FORMAT == 3 ? WARPS * 128 : 0))
 #define INPUT_BYTES (NT * 1024)
 #define STAGE_BYTES (STEPS * (WEIGHT_BYTES + INPUT_BYTES))
+#define EXPONENT (FORMAT == 3 ? 0x41804180u : 0x43004300u)
 
 #if FORMAT == 1
 // Bytes 0 and 2 of a word. 0x4300 | m is the bf16 number 128 + m for m < 128, and 0x4380 is 256: (128 + low bits) - (128 or 256).
-// `p.exponent` is 0x43004300, from the arguments: as a literal it would be loaded into a register each time.
+// The exponent comes with the arguments: as a literal it would be loaded into a register each time.
 DEVICE u32 widen(u32 v, u32 exponent) { return sub2((v & 0x007f007fu) | exponent, (v & 0x00800080u) | exponent); }
 #elif FORMAT == 2
 // e4m3 in the upper bytes of both halves: exponent and mantissa move to bf16's places, 2^120 mends the exponent's bias.
@@ -116,6 +115,7 @@ DEVICE void operand(const uint4 (&w)[WORDS], int half, int step, u32 exponent, u
     a[2] = widen(top, exponent);
     a[3] = widen(low, exponent);
 #else
+    // A nibble in bits 3 to 6 of 0x4180 is the bf16 number 16 + q; the fourth nibbles cross the middle of the word.
     const u32 top = half ? w[0].z : w[0].x, low = half ? w[0].w : w[0].y;
     const u32 top_scale = half ? w[1].z : w[1].x, low_scale = half ? w[1].w : w[1].y;
     const u32 ts = __byte_perm(top_scale, 0, 0x1010), to = __byte_perm(top_scale, 0, 0x3232);
@@ -123,10 +123,8 @@ DEVICE void operand(const uint4 (&w)[WORDS], int half, int step, u32 exponent, u
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int shift = 4 * (2 * step + i);
-        const u32 t = sub2(((top >> shift) & 0x000f000fu) | exponent, 0x43004300u);
-        const u32 l = sub2(((low >> shift) & 0x000f000fu) | exponent, 0x43004300u);
-        a[2 * i] = fma2(t, ts, to);
-        a[2 * i + 1] = fma2(l, ls, lo);
+        a[2 * i] = fma2((__funnelshift_r(top, top, shift) & 0x00780078u) | exponent, ts, to);
+        a[2 * i + 1] = fma2((__funnelshift_r(low, low, shift) & 0x00780078u) | exponent, ls, lo);
     }
 #endif
 }
@@ -215,7 +213,7 @@ DEVICE void row_norms(const Args &p, float *sums, float *norms) {
         for (int i = threadIdx.x; i < SUBSETS * NT * 8; i += WARPS * 32) {
             const int n = i % (NT * 8), subset = i / (NT * 8);
             float sum = 0.f;
-#pragma unroll 8
+#pragma unroll 9
             for (int j = subset; j < p.num_squares; j += SUBSETS) sum += p.squares[j * 64 + n];
             sums[i] = sum;
         }
@@ -261,43 +259,41 @@ DEVICE void copy(u32 to, const char *from, int bytes, u32 barrier) {
 
 // Where a thread is in the ring, as addresses: the copying threads have no time for arithmetic.
 struct Cursor {
-    u32 stage, full, empty, end, wrap;
+    u32 stage, full, first_stage, first_full, end;
     int parity;
     DEVICE Cursor(const char *ring, const Barriers &barriers, int stages) {
-        stage = shared(ring), full = shared(barriers.full), empty = shared(barriers.empty);
-        wrap = stages, end = full + stages * 8, parity = 0;
+        stage = first_stage = shared(ring), full = first_full = shared(barriers.full), end = full + stages * 8, parity = 0;
     }
+    DEVICE u32 empty() const { return full + MAX_STAGES * 8; }
     DEVICE void next() {
-        stage += STAGE_BYTES, full += 8, empty += 8;
-        if (full == end) stage -= wrap * STAGE_BYTES, full -= wrap * 8, empty -= wrap * 8, parity ^= 1;
+        stage += STAGE_BYTES, full += 8;
+        if (full == end) stage = first_stage, full = first_full, parity ^= 1;
     }
 };
 
 DEVICE void feed_weights(const Args &p, Cursor at, int from, int count) {
-    const char *source = p.weights + (long long)from * WEIGHT_BYTES;
-    for (int i = 0; i < count; i += STEPS, source += STEPS * WEIGHT_BYTES, at.next()) {
-        if (i == p.stages * STEPS) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-        if (i >= p.stages * STEPS) wait(at.empty, at.parity ^ 1);
-        const int bytes = min(STEPS, count - i) * WEIGHT_BYTES;
-        expect(at.full, bytes);
-        copy(at.stage, source, bytes, at.full);
+    const char *source = p.weights + (long long)from * STEPS * WEIGHT_BYTES;
+    for (int i = 0; i < count; ++i, source += STEPS * WEIGHT_BYTES, at.next()) {
+        if (i == p.stages) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+        if (i >= p.stages) wait(at.empty(), at.parity ^ 1);
+        expect(at.full, STEPS * WEIGHT_BYTES);
+        copy(at.stage, source, STEPS * WEIGHT_BYTES, at.full);
     }
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-DEVICE void feed_inputs(const Args &p, Cursor at, int step, int count) {
+DEVICE void feed_inputs(const Args &p, Cursor at, int unit, int count) {
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    const char *source = p.x + step * 8192;
-    for (int i = 0; i < count; i += STEPS, at.next()) {
-        if (i >= p.stages * STEPS) wait(at.empty, at.parity ^ 1);
-        const int steps = min(STEPS, count - i);
-        expect(at.full, steps * INPUT_BYTES);
-        u32 to = at.stage + STEPS * WEIGHT_BYTES;
-        for (int s = 0; s < steps; ++s, to += INPUT_BYTES) {
-            copy(to, source, INPUT_BYTES, at.full);
-            source += 8192;
-            if (++step == p.k_steps) step = 0, source = p.x;
-        }
+    const int units = p.k_steps / STEPS;
+    const char *source = p.x + unit * STEPS * 8192;
+    for (int i = 0; i < count; ++i, at.next()) {
+        if (i >= p.stages) wait(at.empty(), at.parity ^ 1);
+        expect(at.full, STEPS * INPUT_BYTES);
+#pragma unroll
+        for (int s = 0; s < STEPS; ++s)
+            copy(at.stage + STEPS * WEIGHT_BYTES + s * INPUT_BYTES, source + s * 8192, INPUT_BYTES, at.full);
+        source += STEPS * 8192;
+        if (++unit == units) unit = 0, source = p.x;
     }
 }
 
@@ -307,31 +303,31 @@ DEVICE uint4 read(u32 address) {
     return v;
 }
 
-// N steps of a multiplying warp. How the 16 inputs of an mma are numbered is free as long as both operands agree: a lane's 8
+// A stage, by a multiplying warp. How the 16 inputs of an mma are numbered is free as long as both operands agree: a lane's 8
 // inputs of a half are inputs 2t, 2t + 1, 2t + 8, 2t + 9 of two mma's.
-template <int N> DEVICE void multiply(u32 weights, u32 scales, u32 inputs, u32 last, u32 exponent, float (&sums)[NT][4]) {
-    uint4 w[N][WORDS];
+DEVICE void multiply(u32 weights, u32 scales, u32 inputs, u32 last, u32 exponent, float (&sums)[NT][4]) {
+    uint4 w[STEPS][WORDS];
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
+    for (int s = 0; s < STEPS; ++s) {
 #pragma unroll
-        for (int i = 0; i < WEIGHT_WORDS; ++i) w[n][i] = read(weights + n * WEIGHT_BYTES + i * 512);
+        for (int i = 0; i < WEIGHT_WORDS; ++i) w[s][i] = read(weights + s * WEIGHT_BYTES + i * 512);
 #if FORMAT == 3
-        w[n][1] = read(scales + n * WEIGHT_BYTES);
+        w[s][1] = read(scales + s * WEIGHT_BYTES);
 #endif
     }
 #pragma unroll
-    for (int n = 0; n < N; ++n)
+    for (int s = 0; s < STEPS; ++s)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             uint4 x[NT];
 #pragma unroll
             for (int j = 0; j < NT; ++j)
-                x[j] = read((j == NT - 1 ? last : inputs) + n * INPUT_BYTES + j * 1024 + half * 512);
+                x[j] = read((j == NT - 1 ? last : inputs) + s * INPUT_BYTES + j * 1024 + half * 512);
             u32 a[4];
-            operand(w[n], half, 0, exponent, a);
+            operand(w[s], half, 0, exponent, a);
 #pragma unroll
             for (int j = 0; j < NT; ++j) mma(sums[j], a, x[j].x, x[j].y);
-            operand(w[n], half, 1, exponent, a);
+            operand(w[s], half, 1, exponent, a);
 #pragma unroll
             for (int j = 0; j < NT; ++j) mma(sums[j], a, x[j].z, x[j].w);
         }
@@ -386,37 +382,37 @@ DEVICE void collect(const Args &p, float (&sums)[NT][4], int total, int end) {
     }
 }
 
-// A warp's sums over a group's steps begin .. end - 1 are complete: finish them, or leave them to the block before.
-DEVICE void emit(const Args &p, int group, int begin, int end, float (&sums)[NT][4], float4 *scratch, const float *norms) {
-    const int tile = group * WARPS + threadIdx.x / 32, total = (p.tiles + WARPS - 1) / WARPS * p.k_steps;
+// A warp's sums over a group's stages begin .. end - 1 are complete: finish them, or leave them to the block before.
+DEVICE void emit(const Args &p, int group, int begin, int end, int units, float (&sums)[NT][4], float4 *scratch, const float *norms) {
+    const int tile = group * WARPS + threadIdx.x / 32, total = (p.tiles + WARPS - 1) / WARPS * units;
     if (tile < p.tiles && begin > 0) {
 #pragma unroll
         for (int j = 0; j < NT; ++j)
             store_part(part(p, blockIdx.x, j),
                        make_uint4(settled(sums[j][0]), settled(sums[j][1]), settled(sums[j][2]), settled(sums[j][3])));
     } else if (tile < p.tiles) {
-        if (end < p.k_steps) collect(p, sums, total, (group + 1) * p.k_steps);
+        if (end < units) collect(p, sums, total, (group + 1) * units);
 #pragma unroll
         for (int j = 0; j < NT; ++j) scratch[j * 32 + lane_id()] = make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
+#pragma unroll 4
         for (int j = 0; j < NT; ++j) finish_tile(p, tile, j, scratch[j * 32 + lane_id()], norms);
     }
 #pragma unroll
     for (int j = 0; j < NT; ++j) sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0.f;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) skinny(const __grid_constant__ Args p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const __grid_constant__ Args p) {
     extern __shared__ __align__(128) char ring[];  // stages, then a scratch area for each warp
     __shared__ Barriers barriers;
     __shared__ float norms[NT * 8];
-    const int warp = threadIdx.x / 32, total = (p.tiles + WARPS - 1) / WARPS * p.k_steps;
+    const int warp = threadIdx.x / 32, units = p.k_steps / STEPS, total = (p.tiles + WARPS - 1) / WARPS * units;
     const int from = range_start(total, blockIdx.x), count = range_start(total, blockIdx.x + 1) - from;
-    int group = from / p.k_steps, step = from % p.k_steps, begin = step;
     if (threadIdx.x == 0) initialise(barriers, p.stages);
     __syncthreads();
     Cursor at(ring, barriers, p.stages);
     if (warp >= WARPS) {
         if (threadIdx.x == WARPS * 32) feed_weights(p, at, from, count);
-        if (threadIdx.x == WARPS * 32 + 32) feed_inputs(p, at, step, count);
+        if (threadIdx.x == WARPS * 32 + 32) feed_inputs(p, at, from % units, count);
         return;
     }
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -424,30 +420,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) skinny(const __gri
 
     float4 *scratch = (float4 *)(ring + p.stages * STAGE_BYTES) + warp * NT * 32;
     const int live_row = min((NT - 1) * 8 + (int)(lane_id() >> 2), p.rows - 1) - (NT - 1) * 8;
-    const u32 words = warp * WEIGHT_WORDS * 512 + lane_id() * 16, scales = WORD_BYTES + warp * 128 + lane_id() / 4 * 16;
-    const u32 inputs = STEPS * WEIGHT_BYTES + lane_id() * 16, last = STEPS * WEIGHT_BYTES + (live_row * 4 + (lane_id() & 3)) * 16;
+    u32 words = warp * WEIGHT_WORDS * 512 + lane_id() * 16, scales = WORD_BYTES + warp * 128 + lane_id() / 4 * 16;
+    u32 inputs = STEPS * WEIGHT_BYTES + lane_id() * 16, last = STEPS * WEIGHT_BYTES + (live_row * 4 + (lane_id() & 3)) * 16;
+    u32 exponent = p.exponent;
+    asm volatile("" : "+r"(words), "+r"(scales), "+r"(inputs), "+r"(last), "+r"(exponent));  // not to be computed anew each time
     float sums[NT][4] = {};
-    for (int i = 0; i < count; i += STEPS) {
-        wait(at.full, at.parity);
-        const int steps = min(STEPS, count - i);
-        const bool together = steps == STEPS && step + STEPS <= p.k_steps;
-        for (int s = 0; s < steps; s += together ? STEPS : 1) {
-            const u32 w = at.stage + s * WEIGHT_BYTES, x = at.stage + s * INPUT_BYTES;
-            if (together)
-                multiply<STEPS>(w + words, w + scales, x + inputs, x + last, p.exponent, sums);
-            else
-                multiply<1>(w + words, w + scales, x + inputs, x + last, p.exponent, sums);
-            step += together ? STEPS : 1;
-            if (s + (together ? STEPS : 1) == steps) {
-                __syncwarp();
-                if (lane_id() == 0) arrive(at.empty);
-            }
-            if (step == p.k_steps || i + s + (together ? STEPS : 1) == count) {
-                emit(p, group++, begin, step, sums, scratch, norms);
-                begin = step = 0;
-            }
+    int group = from / units, begin = from % units;
+    for (int left = count; left > 0; ++group, begin = 0) {
+        const int end = min(units, begin + left);
+        for (int unit = begin; unit < end; ++unit, at.next()) {
+            wait(at.full, at.parity);
+            multiply(at.stage + words, at.stage + scales, at.stage + inputs, at.stage + last, exponent, sums);
+            __syncwarp();
+            if (lane_id() == 0) arrive(at.empty());
         }
-        at.next();
+        left -= end - begin;
+        emit(p, group, begin, end, units, sums, scratch, norms);
     }
 }
 
@@ -466,8 +454,8 @@ extern "C" __global__ void unpack(const char *weights, const float *row_scales, 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         u32 a[2][4];
-        operand(w, half, 0, 0x43004300u, a[0]);
-        operand(w, half, 1, 0x43004300u, a[1]);
+        operand(w, half, 0, EXPONENT, a[0]);
+        operand(w, half, 1, EXPONENT, a[1]);
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             u32 v[4] = {a[0][row], a[0][row + 2], a[1][row], a[1][row + 2]};
