@@ -43,11 +43,8 @@ print(json.dumps({"load_seconds": loaded - started, "first_token_seconds": first
 
 def run_once(environ: dict[str, str]) -> dict[str, Any]:
     """One fresh process."""
-    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
-        file.write(CHILD)
-        file.flush()
-        arguments = [sys.executable, file.name, str(time.time()), PROMPT]
-        out = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environ).stdout
+    arguments = [sys.executable, "-c", CHILD, str(time.time()), PROMPT]
+    out = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environ).stdout
     found: dict[str, Any] = json.loads(out.splitlines()[-1])
     return found
 

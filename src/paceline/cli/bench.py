@@ -60,14 +60,15 @@ def bench(
     try:
         made = make_methods(names, remember)
         chat = engines[0].tokenizer.has_chat_template and not raw
-        samples, complete = _measure(made, _encode(engines[0], prompt_set, chat), settings.sampling, repeats, warm_up)
+        samples, broken = _measure(made, _encode(engines[0], prompt_set, chat), settings.sampling, repeats, warm_up)
         options = {"prompts": prompts, "methods": names, "limit": limit, "repeats": repeats, "warm_up": warm_up, "chat": chat}
-        _finish(engines[0], samples, prompt_set, settings, options, complete=complete, json_file=json_file, plot=plot)
+        if samples:
+            _finish(engines[0], samples, prompt_set, settings, options, complete=broken is None, json_file=json_file, plot=plot)
     finally:
         for engine in engines:
             engine.close()
-    if not complete:
-        raise typer.Exit(130)
+    if broken is not None:
+        raise typer.Exit(130) if isinstance(broken, KeyboardInterrupt) else broken
 
 
 def _encode(engine: Engine, prompts: list[BenchPrompt], chat: bool) -> list[tuple[BenchPrompt, list[int]]]:
@@ -81,8 +82,8 @@ def _encode(engine: Engine, prompts: list[BenchPrompt], chat: bool) -> list[tupl
 
 def _measure(
     methods: list[Method], prompts: list[tuple[BenchPrompt, list[int]]], params: SamplingParams, repeats: int, warm_up: int
-) -> tuple[list[Sample], bool]:
-    """Samples, and whether the run came to its end; Ctrl-C keeps what there is."""
+) -> tuple[list[Sample], BaseException | None]:
+    """Samples, and what ended the run early, if anything did: Ctrl-C or a method that fails keep what there is."""
     from paceline.study.bench import run
 
     samples: list[Sample] = []
@@ -97,9 +98,9 @@ def _measure(
             for sample in run(methods, prompts, params, repeats=repeats, warm_up_tokens=warm_up, on_start=show):
                 samples.append(sample)
                 progress.advance(bar)
-        except KeyboardInterrupt:
-            return samples, False
-    return samples, True
+        except (KeyboardInterrupt, Exception) as stop:
+            return samples, stop
+    return samples, None
 
 
 def _finish(

@@ -25,6 +25,11 @@ from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
 
 _NOTHING = Plan(None, 0, "plain: nothing to draft")
 _DUE_CATCH_UP, _STAY = 8, 16
+_RESTING = Plan(None, 0, "plain: drafting did not pay a moment ago")
+_CLEARLY_NOT, _REST = 0.97, 8
+"""Speed under which an offer is clearly not worth it, and tokens for which it is then not priced again."""
+_LEAST_ROW = 0.002
+"""Least that one more row of a forward costs, in plain steps."""
 _CALIBRATED = 64
 _TRIAL = 32
 _HICCUP = 3.0
@@ -58,6 +63,8 @@ class _Lane:
     """What requests of one task share at one batch size."""
 
     arbiter: Arbiter = field(default_factory=Arbiter)
+    rests: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Token count until which a drafter's offers at a level of evidence are not priced again."""
     purse: TimeBank = field(default_factory=lambda: TimeBank(eps=0.002, start=2.0, cap=50.0))
     """A second, smaller bank: while it is empty nothing is probed, and a promise must be clear to be believed."""
     speed: float = 1.0
@@ -139,6 +146,10 @@ class Pacer(Controller):
         able = [o for o in context.outlooks if o.available > 0] if context.max_draft > 0 else None
         if not able:
             return _NOTHING
+        # Deciding has a price, too: what clearly did not pay is left alone for some tokens.
+        known = self._lanes.get((context.task, context.batch_size)) if len(able) == 1 else None
+        if known is not None and self._tokens < known.rests.get((able[0].drafter, able[0].signal), 0):
+            return _RESTING
         plain = self._costs.plain(context.context_length, context.batch_size)
         lane = self._lane(context.task, context.batch_size, plain)
         if lane.arbiter.forbids:
@@ -158,6 +169,8 @@ class Pacer(Controller):
                 return self._grant(context, offer, plain, lane, min(offer.num_draft, 2), probe=True)
         if pays:
             return self._grant(context, best, plain, lane, best.num_draft, probe=False)
+        if best.merit < _CLEARLY_NOT:
+            lane.rests[(best.outlook.drafter, best.outlook.signal)] = self._tokens + _REST
         return Plan(None, 0, self._why_plain(best, plain), 1.0, plain)
 
     def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
@@ -267,6 +280,9 @@ class Pacer(Controller):
             once += costs.catch_up(drafter, lag if lag <= _DUE_CATCH_UP else _DUE_CATCH_UP + (lag - _DUE_CATCH_UP) // _STAY)
         seconds = [once + each * k + curve[k] for k in range(limit + 1)]
         if alone:
+            # Prices of near equals are noisy; a round with a draft in it is never cheaper than one without.
+            floor, draft = plain + line.fixed, line.per_token + _LEAST_ROW * plain
+            seconds = [max(cost, floor + draft * k) for k, cost in enumerate(seconds)]
             num_draft, emitted = best_ratio(rates, seconds)
             merit = emitted * plain / seconds[num_draft]
         else:

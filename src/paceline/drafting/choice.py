@@ -25,6 +25,13 @@ class TokenChooser:
         self._vocab_size = vocab_size
         self._random = CounterRandom(view.seed)
 
+    @property
+    def plain_greedy(self) -> bool:
+        """Whether a token is the largest of the model's own logits now: nothing shapes or bans any."""
+        view = self._view
+        allowed = len(view.tokens) - view.num_prompt >= self._sampling.min_tokens
+        return self._sampling.greedy and not self._sampling.shapes_logits and allowed
+
     def begin(self) -> Choice:
         """A new draft after the committed tokens."""
         return Choice(self, sampled=not self._sampling.greedy)

@@ -21,13 +21,15 @@ from paceline.drafting.options import number, whole
 from paceline.drafting.tree_search import Children, Growth, expand_and_rerank, opt_tree
 from paceline.errors import OptionError
 from paceline.execution.base import Segment, prefill
-from paceline.records import Draft, Outlook
+from paceline.records import Draft, DraftFeatures, Outlook
 
 if TYPE_CHECKING:
     from paceline.execution.base import Runner, SequenceHandle
 
 _CHUNK = 512
 """Tokens of one catch-up forward."""
+_BURST = 4
+"""Tokens that a runner with `greedy_steps` decodes between two questions to the controller."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +118,10 @@ class ModelSession(DraftSession):
         self._agreed = 0
         self._drafted: list[int] = []
         self._chooser = TokenChooser(view, drafter.sampling_of(view.sampling), drafter.vocab_size)
+        self._steps = (
+            getattr(drafter.runner, "greedy_steps", None) if drafter.runner.info.vocab_size == drafter.vocab_size else None
+        )
+        """Decodes several tokens without the host, where the runner can."""
 
     @property
     def cached_tokens(self) -> int:
@@ -150,6 +156,8 @@ class ModelSession(DraftSession):
         if num_tokens < 1:
             return Draft((), drafter=self._drafter.name)
         feed = self._catch_up()
+        if self._steps is not None and self._chooser.plain_greedy:
+            return self._propose_in_steps(feed, num_tokens, keep_drafting)
         chosen = self._chooser.begin()
         while True:
             features = chosen.add(self._forward(feed))
@@ -159,6 +167,29 @@ class ModelSession(DraftSession):
                 return chosen.draft(self._drafter.name)
             feed = [token]
             self._drafted.append(token)
+
+    def _propose_in_steps(self, feed: list[int], num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
+        """Several tokens between two questions to the controller, decoded on the device; what it refuses is dropped.
+
+        A token's evidence is that of its own distribution, as one by one, so a stop depends on nothing that comes after it.
+        """
+        assert self._steps is not None
+        if len(feed) > 1:
+            prefill(self._runner, self._cache, feed[:-1], _CHUNK)
+        tokens: list[int] = []
+        confidences: list[float] = []
+        pending = feed[-1]
+        while True:
+            steps = min(_BURST, num_tokens - len(tokens))
+            burst = self._steps([self._cache], [pending], steps)
+            self._drafted += tokens[-1:] + burst.tokens[0][:-1]  # what was fed; the last one was not
+            for token, (largest, entropy, margin) in zip(burst.tokens[0], burst.evidence[0], strict=True):
+                tokens.append(token)
+                confidences.append(largest)
+                features = DraftFeatures(len(tokens), largest, largest, entropy, margin)
+                if len(tokens) >= num_tokens or token in self._view.end_ids or not keep_drafting(features):
+                    return Draft(tuple(tokens), confidences=tuple(confidences), drafter=self._drafter.name)
+            pending = tokens[-1]
 
     def _catch_up(self) -> list[int]:
         """Feed what the cache lacks but for a last piece, which ends with the pending token and is returned."""

@@ -3,13 +3,14 @@
 The sum over keys is split at fixed places that depend on a row's own position alone: the row at position p takes whole pages
 below `page_limit(p)` in chunks of CHUNK keys through matrix instructions (`_chunks`), and the 64 to 127 keys up to itself one
 by one, in order of depth (`_tail`), which also joins the parts in a fixed order. Tokens that are not committed are at most 64,
-so they always fall into the second part, where a row looks up its own path. Hence a row gets the same bits as a chain, in a
+so they always fall into the second part, where a row has its own list of keys. Hence a row gets the same bits as a chain, in a
 tree, alone or in a batch, and at any length of the captured grid.
 
 A path is 64 bytes a row (the token of its segment at each depth) rather than 64 ancestor bits: bits cannot be walked in order
 of depth without a search. Reference: `reference_attention`.
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 from typing import Any
@@ -19,14 +20,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from paceline.execution.cuda.capture import chunk_size
+from paceline.execution.cuda.capture import TAIL, chunk_size
 from paceline.execution.cuda.fused import place
 
 PAGE = 64
-_TAIL = 128
 _CHUNK_WARPS = 8
-_TAIL_REGISTERS = 56
-"""Of a lane of `_tail`: so many that 32 rows of 36 heads run at once."""
 
 
 def page_limit(position: int) -> int:
@@ -100,22 +98,18 @@ def _chunks(
             gdc_launch_dependents()
 
 
-@triton.jit(do_not_specialize=["num_chunks", "table_stride"])
+@triton.jit(do_not_specialize=["num_chunks"])
 def _tail(
     q,
     keys,
     values,
-    tables,
-    sequences,  # [rows] int32
-    lengths,  # [rows] int32: committed tokens of the row's sequence
+    tails,  # [rows, TAIL] int32: slots of the row's last keys, -1 for none
     positions,
-    paths,  # [rows, 64] uint8: the token of the row's segment at each depth below it
     sums,
     stats,
     out,  # column tiles of bf16
     scale,
     num_chunks,
-    table_stride,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -134,18 +128,12 @@ def _tail(
         gdc_launch_dependents()
     row, query_head = tl.program_id(0), tl.program_id(1)
     head = query_head // GROUP
-    position, length = tl.load(positions + row), tl.load(lengths + row)
-    sequence = tl.maximum(tl.load(sequences + row), 0)  # -1: a row that only fills the bucket
+    position, slot = tl.load(positions + row), tl.load(tails + row * TAIL + tl.arange(0, TAIL))
     limit = tl.maximum((position + 1 - 64) // 64, 0) * 64
-    key = limit + tl.arange(0, TAIL)
-    seen = key <= position
+    seen = slot >= 0
     if WINDOW > 0:
-        seen = seen & (key > position - WINDOW)
-    fresh = key >= length
-    step = tl.load(paths + row * 64 + key - length, mask=fresh & (key <= position), other=0).to(tl.int32)
-    slot = tl.where(fresh, length + step, key)
-    page = tl.load(tables + sequence * table_stride + slot // 64, mask=seen, other=0)
-    at = ((page.to(tl.int64) * KV_HEADS + head) * 64 + slot % 64) * D
+        seen = seen & (limit + tl.arange(0, TAIL) > position - WINDOW)
+    at = ((slot.to(tl.int64) // 64 * KV_HEADS + head) * 64 + slot % 64) * D
     d = tl.arange(0, D)
     k = tl.load(keys + at[:, None] + d[None, :], mask=seen[:, None], other=0.0, cache_modifier=".cg")
     v = tl.load(values + at[:, None] + d[None, :], mask=seen[:, None], other=0.0, cache_modifier=".cg")
@@ -201,7 +189,8 @@ def attend(
 ) -> None:
     """out[n] = attention of row n < rows, for rows whose keys and values are in the cache already.
 
-    q: [rows, heads, D] bfloat16; out: column tiles [64, heads * D]; keys, values: [pages, kv heads, 64, D]. layout: the tensors of `capture.Layout`.
+    q: [rows, heads, D] bfloat16; out: column tiles [64, heads * D]; keys, values: [pages, kv heads, 64, D].
+    layout: the tensors of `capture.Layout`.
     blocks: columns of `layout.blocks` that count, of `tokens` tokens at most; chunks: of the captured grid, enough for the
     longest row.
     """
@@ -238,20 +227,15 @@ def attend(
         q,
         keys,
         values,
-        layout.tables,
-        layout.sequences,
-        layout.lengths,
+        layout.tails,
         layout.positions,
-        layout.paths,
         layout.sums,
         layout.stats,
         out,
         factor,
         chunks,
-        stride,
-        TAIL=_TAIL,
+        TAIL=TAIL,
         JOIN=16,
         num_warps=max(4, head_dim // 16),
-        maxnreg=_TAIL_REGISTERS,
         **common,
     )

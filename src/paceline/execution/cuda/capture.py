@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from paceline.execution.cuda.linears import MAX_ROWS
 
+TAIL = 128
+"""Keys of a row that attention takes one by one, at most."""
 ROW_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 _FIELDS = ("tokens", "lengths", "depths", "indices", "sequences")
 _WORDS = (len(_FIELDS) + 3) * MAX_ROWS + MAX_ROWS * MAX_ROWS // 4
@@ -57,11 +60,13 @@ class Layout:
         """[64, 64] uint8: the token of the row's segment at each depth of its path."""
         self.positions = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
         self.slots = torch.zeros_like(self.positions)
+        self.tails = torch.zeros(MAX_ROWS, TAIL, dtype=torch.int32, device=device)
+        """Cache slot of each of a row's last keys, in order; -1 where there is none."""
         self.sums = torch.zeros(MAX_ROWS * heads * max_chunks * head_dim, device=device)
         self.stats = torch.zeros(MAX_ROWS * heads * max_chunks * 2, device=device)
         pinned = device.type == "cuda"
         self._stages = [torch.zeros(_WORDS, dtype=torch.int32, pin_memory=pinned) for _ in range(_STAGES)]
-        self._copied = [torch.cuda.Event() for _ in self._stages] if pinned else []
+        self._copied: list[Any] = [torch.cuda.Event() for _ in self._stages] if pinned else []  # type: ignore[no-untyped-call]
         self._turn = 0
 
     def clear(self) -> None:
@@ -134,7 +139,7 @@ class Graphs:
     """Captured forwards, one a key; they share one memory pool."""
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
         self._graphs: dict[object, torch.cuda.CUDAGraph] = {}
 
     def __len__(self) -> int:

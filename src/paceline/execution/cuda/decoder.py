@@ -119,19 +119,22 @@ class Decoder:
 
         spec, rows, overlap = self.spec, shape.rows, self._tuning.overlap
         embed(self.embedding, layout, self.x, self.squares, rows, self._scale)
-        norm: dict[str, Any] = dict(
-            squares=self.squares, num_squares=spec.hidden // _TILE, inv_width=1 / spec.hidden, eps=spec.norm_eps
-        )
-        rotation: dict[str, Any] = dict(
-            rotary=self.rotary,
-            positions=layout.positions,
-            slots=layout.slots,
-            heads=spec.heads,
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
-            out_stride=spec.heads * spec.head_dim,
-        )
-        residual: dict[str, Any] = dict(out_squares=self.squares)
+        norm: dict[str, Any] = {
+            "squares": self.squares,
+            "num_squares": spec.hidden // _TILE,
+            "inv_width": 1 / spec.hidden,
+            "eps": spec.norm_eps,
+        }
+        rotation: dict[str, Any] = {
+            "rotary": self.rotary,
+            "positions": layout.positions,
+            "slots": layout.slots,
+            "heads": spec.heads,
+            "kv_heads": spec.kv_heads,
+            "head_dim": spec.head_dim,
+            "out_stride": spec.heads * spec.head_dim,
+        }
+        residual: dict[str, Any] = {"out_squares": self.squares}
         gelu = int(spec.activation == "gelu_tanh")
         for index, layer in enumerate(self.layers):
             keys, values = cache.keys[index], cache.values[index]
@@ -153,7 +156,7 @@ class Decoder:
                 window=layer.window,
                 overlap=overlap,
             )
-            layer.o.launch("residual", rows, self.attended, self.x, **residual)
+            layer.o.launch("residual", rows, self.attended, self.x, ahead=layer.gate_up, **residual)
             layer.gate_up.launch("gated", rows, self.x, self.gated, gelu=gelu, **norm)
             layer.down.launch("residual", rows, self.gated, self.x, **residual)
         self.head.launch("logits", rows, self.x, self.logits, out_stride=self.logits.shape[1], **norm)
@@ -181,7 +184,7 @@ class Decoder:
         x = self.embedding[torch.tensor(tokens, device=self._device)] * self._scale
         for index, layer in enumerate(self.layers):
             qkv = layer.qkv.dense(x, self._norm(x)).view(count, -1, spec.head_dim)
-            q, k, v = qkv.split([spec.heads, spec.kv_heads, spec.kv_heads], 1)
+            q, k, v = torch.tensor_split(qkv, [spec.heads, spec.heads + spec.kv_heads], 1)
             cache.keys[index][where[0], :, where[1]] = _rotated(k, turn).to(torch.bfloat16)
             cache.values[index][where[0], :, where[1]] = v.to(torch.bfloat16)
             near = mask

@@ -17,7 +17,7 @@ from paceline.errors import CacheError, ModelError
 from paceline.models.cachedir import atomic_write, cache_root
 
 try:
-    from cuda.bindings import driver, nvrtc
+    from cuda.bindings import driver, nvrtc  # type: ignore[import-not-found, unused-ignore]
 except ImportError:  # a CPU build of torch
     driver = nvrtc = None
 
@@ -92,7 +92,7 @@ def _binary(text: bytes, defines: dict[str, int]) -> bytes:
     path = cache_root() / "kernels" / f"{key}.cubin"
     with suppress(OSError):
         return path.read_bytes()
-    binary = compile_source(text, options)
+    binary: bytes = compile_source(text, options)
     with suppress(CacheError):  # an unwritable cache costs a few seconds at each start, nothing else
         atomic_write(path, binary)
     return binary
@@ -110,7 +110,7 @@ def compile_source(text: bytes, options: list[str]) -> bytes:
         log = b" " * _checked_compile(nvrtc.nvrtcGetProgramLogSize(program))
         nvrtc.nvrtcGetProgramLog(program, log)
         raise ModelError(f"CUDA kernel does not compile here: {log.decode(errors='replace').strip()}; use backend = 'hf'")
-    binary = b" " * _checked_compile(nvrtc.nvrtcGetCUBINSize(program))
+    binary: bytes = b" " * _checked_compile(nvrtc.nvrtcGetCUBINSize(program))
     _checked_compile(nvrtc.nvrtcGetCUBIN(program, binary))
     nvrtc.nvrtcDestroyProgram(program)
     return binary

@@ -1,5 +1,6 @@
-"""Small Triton kernels at the ends of a forward: embedding and row addresses, the best token, the step of a decoding loop (ours)."""
+"""Small Triton kernels at the ends of a forward: embedding and row addresses, the best token, a decoding loop's step (ours)."""
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 from typing import Any
@@ -26,23 +27,33 @@ def _embed(
     depths,  # [rows] int32
     indices,  # [rows] int32: place in the segment
     sequences,  # [rows] int32: row of `tables`; -1 for a row that only fills the bucket
+    paths,  # [rows, 64] uint8: the token of the row's segment at each depth below it
     tables,
     positions,  # out
     slots,  # out
+    tails,  # out [rows, TAIL]: slots of the row's last keys
     x,  # out, column tiles of bf16
     squares,  # out [H / 16, 64] f32
     scale,
     table_stride,
     H: tl.constexpr,
     WIDTH: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     row = tl.program_id(0)
     sequence, length = tl.load(sequences + row), tl.load(lengths + row)
     live = sequence >= 0
     slot = length + tl.load(indices + row)
     page = tl.load(tables + sequence * table_stride + slot // 64, mask=live, other=0)
-    tl.store(positions + row, tl.where(live, length + tl.load(depths + row), 0))
+    position = tl.where(live, length + tl.load(depths + row), 0)
+    tl.store(positions + row, position)
     tl.store(slots + row, tl.where(live, page * 64 + slot % 64, 0))
+    key = tl.maximum((position + 1 - 64) // 64, 0) * 64 + tl.arange(0, TAIL)
+    fresh = key >= length
+    step = tl.load(paths + row * 64 + key - length, mask=live & fresh & (key <= position), other=0).to(tl.int32)
+    tail = tl.where(fresh, length + step, key)
+    tail_page = tl.load(tables + sequence * table_stride + tail // 64, mask=live & (key <= position), other=0)
+    tl.store(tails + row * TAIL + tl.arange(0, TAIL), tl.where(key <= position, tail_page * 64 + tail % 64, -1))
     column = tl.arange(0, WIDTH)
     inside = column < H
     token = tl.load(tokens + row).to(tl.int64)
@@ -55,45 +66,60 @@ def _embed(
 
 
 @triton.jit
-def _best_of_block(logits, stride, vocab, values, indices, masses, NUM_BLOCKS, BLOCK: tl.constexpr):
-    """Largest logit of a block, its lowest index, and the block's sum of exponentials relative to it."""
+def _best_of_block(logits, stride, vocab, parts, indices, NUM_BLOCKS, BLOCK: tl.constexpr):
+    """A block's largest logit and its lowest index, the second largest, and sums of e^d and d e^d, d relative to the largest."""
     row, block = tl.program_id(0), tl.program_id(1)
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(logits + row * stride + column, mask=column < vocab, other=float("-inf"))
+    lane = tl.arange(0, BLOCK)
+    inside = block * BLOCK + lane < vocab
+    value = tl.load(logits + row * stride + block * BLOCK + lane, mask=inside, other=float("-inf"))
     best, index = tl.max(value, 0, return_indices=True, return_indices_tie_break_left=True)
+    mass = tl.exp(value - best)
     at = row * NUM_BLOCKS + block
-    tl.store(values + at, best)
     tl.store(indices + at, block * BLOCK + index)
-    tl.store(masses + at, tl.sum(tl.exp(value - best), 0))
+    tl.store(parts + at * 4, best)
+    tl.store(parts + at * 4 + 1, tl.max(tl.where(lane == index, float("-inf"), value), 0))
+    tl.store(parts + at * 4 + 2, tl.sum(mass, 0))
+    tl.store(parts + at * 4 + 3, tl.sum(tl.where(inside, mass * (value - best), 0.0), 0))
 
 
 @triton.jit
-def _best_of_row(values, indices, masses, NUM_BLOCKS, tokens, probs, PADDED: tl.constexpr):
+def _best_of_row(parts, indices, NUM_BLOCKS, tokens, evidence, PADDED: tl.constexpr):
     row = tl.program_id(0)
     block = tl.arange(0, PADDED)
-    at = row * NUM_BLOCKS + block
-    value = tl.load(values + at, mask=block < NUM_BLOCKS, other=float("-inf"))
-    mass = tl.load(masses + at, mask=block < NUM_BLOCKS, other=0.0)
+    known, at = block < NUM_BLOCKS, row * NUM_BLOCKS + block
+    value = tl.load(parts + at * 4, mask=known, other=float("-inf"))
+    second = tl.load(parts + at * 4 + 1, mask=known, other=float("-inf"))
+    mass = tl.load(parts + at * 4 + 2, mask=known, other=0.0)
+    moment = tl.load(parts + at * 4 + 3, mask=known, other=0.0)
     best, winner = tl.max(value, 0, return_indices=True, return_indices_tie_break_left=True)
-    tl.store(tokens + row, tl.load(indices + row * NUM_BLOCKS + winner))
-    tl.store(probs + row, 1.0 / tl.sum(mass * tl.exp(value - best), 0))
+    below = tl.max(tl.where(block == winner, second, value), 0)
+    scale = tl.exp(value - best)
+    total = tl.sum(mass * scale, 0)
+    mean = tl.sum(tl.where(known, scale * (moment + (value - best) * mass), 0.0), 0) / total
+    token = tl.load(indices + row * NUM_BLOCKS + winner)
+    tl.store(tokens + row, tl.where(total < float("inf"), token, -1))  # neither infinite nor not a number
+    tl.store(evidence + row * 3, 1.0 / total)
+    tl.store(evidence + row * 3 + 1, tl.log(total) - mean)
+    tl.store(evidence + row * 3 + 2, (1.0 - tl.exp(below - best)) / total)
 
 
 @triton.jit
-def _advance(best, probs, tokens, lengths, step, history, prob_history, ROWS: tl.constexpr):
+def _advance(best, evidence, tokens, lengths, step, history, evidence_history, ROWS: tl.constexpr):
     """Every row's best token becomes its next one; both histories get a line."""
     row = tl.program_id(0)
     token = tl.load(best + row)
     at = tl.load(step + row)
-    tl.store(history + at * ROWS + row, token)
-    tl.store(prob_history + at * ROWS + row, tl.load(probs + row))
-    tl.store(tokens + row, token)
+    line = at * ROWS + row
+    tl.store(history + line, token)
+    for i in tl.static_range(3):
+        tl.store(evidence_history + line * 3 + i, tl.load(evidence + row * 3 + i))
+    tl.store(tokens + row, tl.maximum(token, 0))
     tl.store(lengths + row, tl.load(lengths + row) + 1)
     tl.store(step + row, at + 1)
 
 
 def embed(embedding: torch.Tensor, layout: Any, x: torch.Tensor, squares: torch.Tensor, rows: int, scale: float) -> None:
-    """Rows of x from `layout.tokens`, with partial sums of squares; fills `layout.positions` and `layout.slots`.
+    """Rows of x from `layout.tokens`, with partial sums of squares; fills `layout`'s positions, slots and tails.
 
     layout: the tensors of `capture.Layout`. x: column tiles; squares [H / 16, 64] float32.
     """
@@ -105,38 +131,45 @@ def embed(embedding: torch.Tensor, layout: Any, x: torch.Tensor, squares: torch.
         layout.depths,
         layout.indices,
         layout.sequences,
+        layout.paths,
         layout.tables,
         layout.positions,
         layout.slots,
+        layout.tails,
         x,
         squares,
         scale,
         layout.tables.stride(0),
         H=hidden,
         WIDTH=triton.next_power_of_2(hidden),
+        TAIL=layout.tails.shape[1],
         num_warps=8,
     )
 
 
 class BestToken:
-    """The most probable token of each row (ties: lowest id) and its probability, on the device."""
+    """The most probable token of each row (ties: lowest id; -1 where a logit is infinite or not a number), on the device."""
 
     def __init__(self, max_rows: int, vocab: int, device: torch.device) -> None:
         self._vocab, self._blocks = vocab, triton.cdiv(vocab, _BLOCK)
-        self._values = torch.empty(max_rows, self._blocks, device=device)
-        self._masses = torch.empty_like(self._values)
+        self._parts = torch.empty(max_rows, self._blocks, 4, device=device)
         self._indices = torch.empty(max_rows, self._blocks, dtype=torch.int32, device=device)
         self.tokens = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self.probs = torch.zeros(max_rows, device=device)
+        self.evidence = torch.zeros(max_rows, 3, device=device)
+        """Largest probability, entropy in nats, largest less second-largest probability."""
 
     def __call__(self, logits: torch.Tensor, rows: int) -> None:
         """logits: [>= rows, >= V] float32."""
-        parts = (self._values, self._indices, self._masses, self._blocks)
-        _best_of_block[(rows, self._blocks)](logits, logits.stride(0), self._vocab, *parts, BLOCK=_BLOCK)
-        _best_of_row[(rows,)](*parts, self.tokens, self.probs, PADDED=triton.next_power_of_2(self._blocks))
+        grid = (rows, self._blocks)
+        _best_of_block[grid](logits, logits.stride(0), self._vocab, self._parts, self._indices, self._blocks, BLOCK=_BLOCK)
+        padded = triton.next_power_of_2(self._blocks)
+        _best_of_row[(rows,)](self._parts, self._indices, self._blocks, self.tokens, self.evidence, PADDED=padded)
 
 
-def advance(best: BestToken, layout: Any, step: torch.Tensor, history: torch.Tensor, prob_history: torch.Tensor, rows: int) -> None:
-    """Feed each row its own best token next. step: [rows] int32; histories: [steps, MAX_ROWS]."""
+def advance(
+    best: BestToken, layout: Any, step: torch.Tensor, history: torch.Tensor, evidence_history: torch.Tensor, rows: int
+) -> None:
+    """Feed each row its own best token next. step: [rows] int32; histories: [steps, MAX_ROWS] and [steps, MAX_ROWS, 3]."""
+    histories = (step, history, evidence_history)
     width = history.shape[1]
-    _advance[(rows,)](best.tokens, best.probs, layout.tokens, layout.lengths, step, history, prob_history, ROWS=width, num_warps=1)
+    _advance[(rows,)](best.tokens, best.evidence, layout.tokens, layout.lengths, *histories, ROWS=width, num_warps=1)

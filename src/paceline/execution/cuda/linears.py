@@ -35,17 +35,19 @@ _POINTERS = (
 _NUMBERS = (
     *("k_steps", "tiles", "rows", "num_squares", "out_stride"),
     *("heads", "kv_heads", "head_dim", "gelu", "stages", "exponent"),
+    *("ahead_units", "ahead_unit_bytes", "ahead_bytes"),
 )
 
 
 class _Arguments(ctypes.Structure):
     """`Args` of skinny.cu."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
         ("inv_width", ctypes.c_float),
         ("eps", ctypes.c_float),
         *((name, ctypes.c_int) for name in _NUMBERS),
+        ("ahead", ctypes.c_void_p),
     ]
 
 
@@ -53,6 +55,10 @@ class _Arguments(ctypes.Structure):
 class Tuning:
     """What was chosen by measurement (benchmarks/gpu_decode.py); none of it changes a bit of the results."""
 
+    stages: tuple[int, int, int, int] = (3, 6, 6, 4)
+    """By format: stages of the ring of a large product at most; more would only queue at the memory."""
+    ahead_bytes: int = 0
+    """What each block of the product behind attention, which leaves the memory idle, asks for of the next one's weights."""
     overlap: bool = True
     """Kernels may start while the one before them ends."""
 
@@ -78,12 +84,12 @@ def _unpacker(format: str) -> Kernel:
 
 
 def ring(format: str, columns: int, steps: int, limit: int = _SHARED_BYTES) -> tuple[int, int]:
-    """Stages of the ring in shared memory, and bytes of it with the warps' scratch areas."""
+    """Stages of the ring in shared memory, and its bytes."""
     warps = GROUP_TILES[format]
     weights = {"bf16": 2048, "int8": 1024, "fp8": 1024, "int4": 512 + 128}[format]
-    stage, scratch = steps * (warps * weights + columns * 1024), warps * columns * 512
-    stages = min(_MAX_STAGES, (limit - scratch) // stage)
-    return stages, stages * stage + scratch
+    stage = steps * (warps * weights + columns * 1024)
+    stages = min(_MAX_STAGES, (limit - columns * 1024) // stage)  # the norms' partial sums lie beside it
+    return stages, stages * stage
 
 
 class PackedLinear:
@@ -115,34 +121,57 @@ class PackedLinear:
         self._blocks = max(1, min(workspace.blocks, steps // _LEAST_STEPS))
         coarse = self.packed.inputs // STEP % 2 == 0 and steps >= 2 * _FINE_UNITS * self._blocks
         self._steps = 2 if coarse else 1
+        self._units = steps // self._steps
 
-    def launch(self, epilogue: str, rows: int, x: torch.Tensor, out: torch.Tensor, *, overlap: bool = True, **more: Any) -> None:
+    def launch(
+        self,
+        epilogue: str,
+        rows: int,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        overlap: bool = True,
+        ahead: PackedLinear | None = None,
+        **more: Any,
+    ) -> None:
         """out[n] = finish(weight @ x[n]) for n < rows <= 64.
 
-        x: column tiles (`packing.column_tiles`). overlap: the kernel before this one may still run (not one that made what the kernels
-        after it read without waiting). more: the other members of `Args` by name; tensors are given as such.
+        x: column tiles (`packing.column_tiles`). overlap: the kernel before this one may still run (not one that made what the
+        kernels after it read without waiting). ahead: a later product whose first weights shall be in the second-level cache.
+        more: the other members of `Args` by name; tensors are given as such.
         """
         packed, columns = self.packed, -(-rows // 8)
         limit = _SHARED_BYTES - (_SPARE_BYTES if epilogue == "qkv" else 0)
         stages, shared_bytes = ring(packed.format, columns, self._steps, limit)
-        values: dict[str, Any] = dict(
-            weights=packed.words,
-            row_scales=packed.row_scales,
-            bias=self.bias,
-            x=x,
-            out=out,
-            k_steps=packed.inputs // STEP,
-            tiles=self.tiles,
-            rows=rows,
-            parts=self._workspace.parts,
-            stages=stages,
-            exponent=0x41804180 if packed.format == "int4" else 0x43004300,
+        if self._steps == 2:
+            stages = min(stages, self._tuning.stages[FORMATS[packed.format]])
+        values: dict[str, Any] = {
+            "weights": packed.words,
+            "row_scales": packed.row_scales,
+            "bias": self.bias,
+            "x": x,
+            "out": out,
+            "k_steps": packed.inputs // STEP,
+            "tiles": self.tiles,
+            "rows": rows,
+            "parts": self._workspace.parts,
+            "stages": stages,
+            "exponent": 0x41804180 if packed.format == "int4" else 0x43004300,
             **more,
-        )
+        }
+        if ahead is not None and self._tuning.ahead_bytes and ahead._blocks == self._blocks:
+            unit_bytes = ahead.packed.words.numel() // ahead._units
+            wanted = min(self._tuning.ahead_bytes, ahead._units // ahead._blocks * unit_bytes) // 16384 * 16384
+            values |= {
+                "ahead": ahead.packed.words,
+                "ahead_units": ahead._units,
+                "ahead_unit_bytes": unit_bytes,
+                "ahead_bytes": wanted,
+            }
         pointers = {k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in values.items() if v is not None}
         kernel = _skinny(packed.format, epilogue, columns, self._steps)
         overlap = overlap and self._tuning.overlap
-        threads = 32 * (GROUP_TILES[packed.format] + 2)
+        threads = 32 * (GROUP_TILES[packed.format] + 2 + (4 if packed.format == "bf16" else 2))
         kernel.launch((self._blocks, 1), threads, [_Arguments(**pointers)], shared_bytes=shared_bytes, overlap=overlap)
 
     def dense(self, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:

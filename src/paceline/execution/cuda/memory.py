@@ -36,10 +36,11 @@ def plan(total: int, weights: int, buffers: int, page_bytes: int, wanted_pages: 
     left = total - weights - buffers - _RESERVE
     pages = min(wanted_pages, left // page_bytes)
     if pages < least_pages:
-        need = weights + buffers + _RESERVE + least_pages * page_bytes
+        sequence = least_pages * page_bytes
+        parts = {"weights": weights, "buffers": buffers, "reserve": _RESERVE, "keys and values of one sequence": sequence}
+        listed = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in parts.items())
         raise ResourceError(
-            f"memory: weights {weights / GIB:.2f} GiB, buffers {buffers / GIB:.2f} GiB, reserve {_RESERVE / GIB:.2f} GiB and keys and "
-            f"values of one full sequence {least_pages * page_bytes / GIB:.2f} GiB make {need / GIB:.2f} GiB, and {total / GIB:.2f} GiB "
-            "are free; lower max_context, choose precision int8 or int4, or leave the draft model out"
+            f"memory: {listed} make {sum(parts.values()) / GIB:.2f} GiB, and {total / GIB:.2f} GiB are free; "
+            "lower max_context, choose precision int8 or int4, or leave the draft model out"
         )
     return Budget(total, weights, buffers, pages * page_bytes)

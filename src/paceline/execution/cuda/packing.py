@@ -175,11 +175,12 @@ def _nibble_shift(index: int) -> int:
 
 def _unpack_int4(packed: Packed, groups: int, steps: int) -> torch.Tensor:
     tiles = GROUP_TILES["int4"]
-    parts = packed.words.view(groups, steps, -1).split([tiles * 512, tiles * 128], dim=-1)
+    parts = torch.tensor_split(packed.words.view(groups, steps, -1), [tiles * 512], dim=-1)
     values = parts[0].contiguous().view(torch.int32).view(groups, steps, tiles, 8, 4, 2, 2).long() & 0xFFFFFFFF
     values = values | values << 32
     quants = torch.stack([values >> _nibble_shift(i) & 15 for i in range(8)], -1)
     quants = quants.permute(0, 2, 6, 3, 1, 5, 4, 7)  # [group, tile, pair, g, step, half, t, 8]
     pairs = parts[1].contiguous().view(torch.bfloat16).view(groups, steps, tiles, 8, 2, 2, 2)
     pairs = pairs.permute(0, 2, 5, 3, 1, 4, 6)[..., None, None, :]
-    return ((16 + quants) * pairs[..., 0].float() + pairs[..., 1].float()).to(torch.bfloat16).float()
+    weights: torch.Tensor = ((16 + quants) * pairs[..., 0].float() + pairs[..., 1].float()).to(torch.bfloat16).float()
+    return weights

@@ -36,8 +36,8 @@ class GreedySteps:
 
     tokens: list[list[int]]
     """[sequences][steps]."""
-    probs: list[list[float]]
-    """Probability of each token under the distribution (temperature 1) that it is the most probable of."""
+    evidence: list[list[tuple[float, float, float]]]
+    """[sequences][steps]: largest probability (the token's own), entropy in nats and margin, at temperature 1."""
 
 
 class CudaRunner(Runner):
@@ -74,6 +74,8 @@ class CudaRunner(Runner):
             raise ModelError(f"{source.name}: {reason}; use backend = 'hf'")
         self._device = torch.device(device)
         self._spec = spec
+        self.budget: Budget
+        """What the device's memory was given to."""
         limit = min(source.max_context, max_context or source.max_context)
         free = memory_bytes if memory_bytes is not None else _free_bytes(self._device)
         with torch.inference_mode(), self._here():
@@ -83,7 +85,7 @@ class CudaRunner(Runner):
                 raise ResourceError(
                     f"{source.name}: weights do not fit on {self._device}; choose precision int8 or int4, or leave the draft out"
                 ) from error
-            self._budget = self._make_cache(free, limit)
+            self.budget = self._make_cache(free, limit)
         self._graphs = Graphs()
         self._steps: _Steps | None = None
         self.info = RunnerInfo(
@@ -97,7 +99,6 @@ class CudaRunner(Runner):
             lost_paths=() if self._captures else ("all kernels: the device is no GPU",),
             deterministic_rows=self._captures,
             weight_bytes=self._decoder.weight_bytes,
-            extra={"memory": str(self._budget)},
         )
 
     @property
@@ -149,15 +150,18 @@ class CudaRunner(Runner):
             try:
                 for segment in segments:
                     self._cache.stage(self._own(segment.sequence), len(segment.tokens))
-                parts = [self._pass(part, want_hidden) for part in self._passes(segments)]
+                passes = self._passes(segments)
+                parts = [self._pass(part, want_hidden, keep=len(passes) > 1) for part in passes]
             except torch.OutOfMemoryError as error:
                 raise ResourceError(
-                    f"{self._device}: out of memory in a forward ({self._budget}); use fewer sequences or shorter prompts"
+                    f"{self._device}: out of memory in a forward ({self.budget}); use fewer sequences or shorter prompts"
                 ) from error
         if len(parts) == 1:
             return parts[0]
         hidden = torch.cat([p.hidden for p in parts if p.hidden is not None]) if want_hidden else None
-        return ForwardOutput(torch.cat([p.logits for p in parts]), hidden)
+        known = [p.best for p in parts if p.best is not None]
+        best = [token for tokens in known for token in tokens] if len(known) == len(parts) else None
+        return ForwardOutput(torch.cat([p.logits for p in parts]), hidden, best)
 
     def greedy_steps(self, sequences: Sequence[SequenceHandle], tokens: Sequence[int], steps: int) -> GreedySteps:
         """Decode greedily on the device: feed each sequence its token, then `steps` - 1 times its most probable next one.
@@ -181,10 +185,10 @@ class CudaRunner(Runner):
             self._graphs.replay(("steps", shape), partial(self._step, shape), self._clear, partial(self._fill_steps, batch, shape))
             for _ in range(steps - 1):
                 self._graphs.again(("steps", shape))
-            decoded, probs = self._steps.read(steps, len(own))
+            result = self._steps.read(steps, len(own))
             for sequence in own:
                 self._cache.accept(sequence, range(steps))
-        return GreedySteps(decoded, probs)
+        return result
 
     def shutdown(self) -> None:
         """Give the device's memory back; the runner is of no use afterwards."""
@@ -205,7 +209,8 @@ class CudaRunner(Runner):
             room -= count
         return passes
 
-    def _pass(self, segments: list[Segment], want_hidden: bool) -> ForwardOutput:
+    def _pass(self, segments: list[Segment], want_hidden: bool, keep: bool) -> ForwardOutput:
+        """keep: the result must outlive the next pass."""
         first = segments[0]
         if len(first.tokens) > MAX_ROWS or not self._captures:
             sequence = self._own(first.sequence)
@@ -222,11 +227,13 @@ class CudaRunner(Runner):
             rows.extend(range(end - _wanted(segment), end))
             start = end
         logits = self._decoder.logits[:start, : self._spec.vocab]
-        hidden = self._decoder.hidden(start) if want_hidden else None
+        hidden: torch.Tensor | None = self._decoder.hidden(start) if want_hidden else None
+        best = self._best.tokens[:start].tolist() if rows else []  # waits for the device
         if len(rows) < start:
             index = torch.tensor(rows, dtype=torch.int64, device=self._device)
-            logits, hidden = logits[index], None if hidden is None else hidden[index]
-        return ForwardOutput(logits, hidden)
+            logits, best = logits[index], [best[row] for row in rows]
+            hidden = hidden[index] if hidden is not None else None
+        return ForwardOutput(logits.clone() if keep else logits, hidden, best)
 
     def _rows(self, segment: Segment) -> Rows:
         sequence = self._own(segment.sequence)
@@ -291,7 +298,7 @@ class _Steps:
     def __init__(self, device: torch.device) -> None:
         self._step = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
         self._tokens = torch.zeros(MAX_STEPS + 1, MAX_ROWS, dtype=torch.int32, device=device)
-        self._probs = torch.zeros(MAX_STEPS + 1, MAX_ROWS, device=device)
+        self._evidence = torch.zeros(MAX_STEPS + 1, MAX_ROWS, 3, device=device)
 
     def reset(self) -> None:
         self._step.zero_()
@@ -299,12 +306,13 @@ class _Steps:
     def advance(self, best: Any, layout: Layout, rows: int) -> None:
         from paceline.execution.cuda.fused import advance
 
-        advance(best, layout, self._step, self._tokens, self._probs, rows)
+        advance(best, layout, self._step, self._tokens, self._evidence, rows)
 
-    def read(self, steps: int, rows: int) -> tuple[list[list[int]], list[list[float]]]:
-        """[rows][steps] each; waits for the device."""
-        probs = self._probs[:steps, :rows].T.tolist()
-        return self._tokens[:steps, :rows].T.tolist(), probs
+    def read(self, steps: int, rows: int) -> GreedySteps:
+        """What the last `steps` steps decoded; waits for the device."""
+        tokens = self._tokens[:steps, :rows].T.tolist()
+        evidence = self._evidence[:steps, :rows].transpose(0, 1).tolist()
+        return GreedySteps(tokens, [[(e[0], e[1], e[2]) for e in row] for row in evidence])
 
 
 def _wanted(segment: Segment) -> int:

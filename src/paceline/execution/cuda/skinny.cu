@@ -23,8 +23,9 @@ typedef unsigned short u16;
 #define GATED 2
 #define QKV 3
 #define PAGE 64
-#define WARPS (FORMAT == 0 ? 8 : 16)  // that multiply; two more copy
-#define THREADS (WARPS * 32 + 64)
+#define WARPS (FORMAT == 0 ? 8 : 16)  // that multiply; two more copy, a few prepare the norms
+#define NORM_WARPS (FORMAT == 0 ? 4 : 2)
+#define THREADS ((WARPS + 2 + NORM_WARPS) * 32)
 #define SUBSETS 32  // of the partial sums of squares
 #define MAX_STAGES 16
 
@@ -51,6 +52,8 @@ struct Args {
     int gelu;                   // GATED: 0 silu, 1 gelu (tanh form)
     int stages;                 // of the ring in shared memory
     u32 exponent;               // EXPONENT
+    int ahead_units, ahead_unit_bytes, ahead_bytes;
+    const char *ahead;          // the weights of a later product that the second-level cache is asked for, or null
 };
 
 #define DEVICE __device__ __forceinline__
@@ -142,19 +145,48 @@ DEVICE float activate(float v, int gelu) {
     return v / (1.f + __expf(-v));
 }
 
-DEVICE void finish(const Args &p, int tile, int n, float top, float low, float norm) {
-    const int g = lane_id() >> 2;
-    const bool live = n < p.rows;
-#if FORMAT == 1 || FORMAT == 2
-    top *= p.row_scales[tile * 16 + g];
-    low *= p.row_scales[tile * 16 + g + 8];
+// What finishing a tile needs from memory besides its sums; asked for before the steps, so that it is there behind them.
+struct Prepared {
+    float scale[2], bias[2];  // of weight rows g and g + 8
+#if EPILOGUE == RESIDUAL
+    u16 old[NT][2][2];
+#elif EPILOGUE == QKV
+    float2 turn[NT][2];
+    int slot[NT][2];
 #endif
-    top *= norm;
-    low *= norm;
-    if (p.bias) {
-        top += p.bias[tile * 16 + g];
-        low += p.bias[tile * 16 + g + 8];
+    DEVICE void load(const Args &p, int tile) {
+        const int g = lane_id() >> 2;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            scale[i] = FORMAT == 1 || FORMAT == 2 ? p.row_scales[tile * 16 + g + 8 * i] : 1.f;
+            bias[i] = p.bias ? p.bias[tile * 16 + g + 8 * i] : 0.f;
+        }
+#if EPILOGUE == RESIDUAL || EPILOGUE == QKV
+#pragma unroll
+        for (int j = 0; j < NT; ++j)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int n = min(j * 8 + (int)(lane_id() & 3) * 2 + i, p.rows - 1);
+#if EPILOGUE == RESIDUAL
+                const u16 *out = (const u16 *)p.out + place(n, tile * 16 + g);
+                old[j][i][0] = out[0];
+                old[j][i][1] = out[8];
+#else
+                const int d = tile % (p.head_dim / 16) * 8 + g;
+                turn[j][i] = ((const float2 *)p.rotary)[p.positions[n] * (p.head_dim / 2) + d];
+                slot[j][i] = p.slots[n];
+#endif
+            }
+#endif
     }
+};
+
+// Column i of column tile j: the sums of weight rows g (top) and g + 8 (low).
+DEVICE void finish(const Args &p, const Prepared &ready, int tile, int j, int i, float top, float low, float norm) {
+    const int g = lane_id() >> 2, n = j * 8 + (lane_id() & 3) * 2 + i;
+    const bool live = n < p.rows;
+    top = top * ready.scale[0] * norm + ready.bias[0];
+    low = low * ready.scale[1] * norm + ready.bias[1];
 #if EPILOGUE == LOGITS
     if (live) {
         float *out = (float *)p.out + (long long)n * p.out_stride + tile * 16 + g;
@@ -162,13 +194,12 @@ DEVICE void finish(const Args &p, int tile, int n, float top, float low, float n
         out[8] = low;
     }
 #elif EPILOGUE == RESIDUAL
-    u16 *out = (u16 *)p.out + place(n, tile * 16 + g);
-    float square = 0.f;
+    const u16 a = to_bf16(from_bf16(ready.old[j][i][0]) + top), b = to_bf16(from_bf16(ready.old[j][i][1]) + low);
+    float square = from_bf16(a) * from_bf16(a) + from_bf16(b) * from_bf16(b);
     if (live) {
-        const u16 a = to_bf16(from_bf16(out[0]) + top), b = to_bf16(from_bf16(out[8]) + low);
+        u16 *out = (u16 *)p.out + place(n, tile * 16 + g);
         out[0] = a;
         out[8] = b;
-        square = from_bf16(a) * from_bf16(a) + from_bf16(b) * from_bf16(b);
     }
 #pragma unroll
     for (int distance = 4; distance < 32; distance *= 2) square += __shfl_xor_sync(0xffffffffu, square, distance);
@@ -177,12 +208,11 @@ DEVICE void finish(const Args &p, int tile, int n, float top, float low, float n
     if (live) ((u16 *)p.out)[place(n, tile * 8 + g)] = to_bf16(activate(top, p.gelu) * low);
 #else
     if (!live) return;
-    const int half = p.head_dim / 2, per_head = p.head_dim / 16;
-    const int head = tile / per_head, d = (tile % per_head) * 8 + g;
+    const int per_head = p.head_dim / 16, head = tile / per_head, d = (tile % per_head) * 8 + g;
     if (head < p.heads + p.kv_heads) {
-        const float *turn = p.rotary + ((long long)p.positions[n] * half + d) * 2;
-        const float a = top * turn[0] - low * turn[1];
-        low = low * turn[0] + top * turn[1];
+        const float2 turn = ready.turn[j][i];
+        const float a = top * turn.x - low * turn.y;
+        low = low * turn.x + top * turn.y;
         top = a;
     }
     u16 *out;
@@ -190,47 +220,48 @@ DEVICE void finish(const Args &p, int tile, int n, float top, float low, float n
         out = (u16 *)p.out + (long long)n * p.out_stride + head * p.head_dim;
     } else {
         const bool value = head >= p.heads + p.kv_heads;
-        const int h = head - p.heads - (value ? p.kv_heads : 0), slot = p.slots[n];
+        const int h = head - p.heads - (value ? p.kv_heads : 0), slot = ready.slot[j][i];
         out = (value ? p.v_cache : p.k_cache);
         out += (((long long)(slot / PAGE) * p.kv_heads + h) * PAGE + slot % PAGE) * p.head_dim;
     }
     out[d] = to_bf16(top);
-    out[d + half] = to_bf16(low);
+    out[d + p.head_dim / 2] = to_bf16(low);
 #endif
 }
 
-DEVICE void finish_tile(const Args &p, int tile, int column, float4 c, const float *norms) {
-    const int n = column * 8 + (lane_id() & 3) * 2;
-    finish(p, tile, n, c.x, c.z, norms[n]);
-    finish(p, tile, n + 1, c.y, c.w, norms[n + 1]);
-}
-
-DEVICE void meet() { asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); }  // of the multiplying warps
-
-// norms[n] = 1 / rms of activation row n (1 without a norm). The order of the sum does not depend on the number of rows.
+// norms[n] = 1 / rms of activation row n (1 without a norm), by NORM_WARPS warps. The order of the sum does not depend on the
+// number of rows; several loads are on their way at once.
 DEVICE void row_norms(const Args &p, float *sums, float *norms) {
-    if (p.squares)
-        for (int i = threadIdx.x; i < SUBSETS * NT * 8; i += WARPS * 32) {
-            const int n = i % (NT * 8), subset = i / (NT * 8);
+    const int thread = threadIdx.x - (WARPS + 2) * 32;
+    if (p.squares) {
+#pragma unroll 4
+        for (int i = thread; i < SUBSETS * NT * 8; i += NORM_WARPS * 32) {
+            const float *from = p.squares + i % (NT * 8);
             float sum = 0.f;
-#pragma unroll 9
-            for (int j = subset; j < p.num_squares; j += SUBSETS) sum += p.squares[j * 64 + n];
+            for (int j = i / (NT * 8); j < p.num_squares; j += 9 * SUBSETS) {
+                float part[9];
+#pragma unroll
+                for (int k = 0; k < 9; ++k) part[k] = j + k * SUBSETS < p.num_squares ? from[(j + k * SUBSETS) * 64] : 0.f;
+#pragma unroll
+                for (int k = 0; k < 9; ++k) sum += part[k];
+            }
             sums[i] = sum;
         }
-    meet();
-    if (threadIdx.x < NT * 8) {
+        asm volatile("bar.sync 1, %0;" ::"n"(NORM_WARPS * 32) : "memory");
+    }
+    if (thread < NT * 8) {
+        const int n = thread;
         float sum = 0.f;
         if (p.squares)
-            for (int i = 0; i < SUBSETS; ++i) sum += sums[i * NT * 8 + threadIdx.x];
-        norms[threadIdx.x] = p.squares ? rsqrtf(sum * p.inv_width + p.eps) : 1.f;
+            for (int i = 0; i < SUBSETS; ++i) sum += sums[i * NT * 8 + n];
+        norms[n] = p.squares ? rsqrtf(sum * p.inv_width + p.eps) : 1.f;
     }
-    meet();
 }
 
 // ---- the ring: a `full` stage holds its weights and activations, an `empty` one may be overwritten ----
 
 struct Barriers {
-    unsigned long long full[MAX_STAGES], empty[MAX_STAGES];
+    unsigned long long full[MAX_STAGES], empty[MAX_STAGES], norms;
 };
 
 DEVICE u32 shared(const void *p) { return (u32)__cvta_generic_to_shared(p); }
@@ -239,6 +270,7 @@ DEVICE void initialise(Barriers &barriers, int stages) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 2;" ::"r"(shared(barriers.full + i)));
         asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared(barriers.empty + i)), "r"(WARPS));
     }
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared(&barriers.norms)), "r"(NORM_WARPS * 32));
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 DEVICE void wait(u32 barrier, int parity) {
@@ -271,15 +303,23 @@ struct Cursor {
     }
 };
 
+DEVICE int range_start(int total, int block) { return (u32)total * (u32)block / gridDim.x; }
+
 DEVICE void feed_weights(const Args &p, Cursor at, int from, int count) {
     const char *source = p.weights + (long long)from * STEPS * WEIGHT_BYTES;
+    const int first = min(count, p.stages);
     for (int i = 0; i < count; ++i, source += STEPS * WEIGHT_BYTES, at.next()) {
-        if (i == p.stages) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-        if (i >= p.stages) wait(at.empty(), at.parity ^ 1);
+        if (i >= first) wait(at.empty(), at.parity ^ 1);
         expect(at.full, STEPS * WEIGHT_BYTES);
         copy(at.stage, source, STEPS * WEIGHT_BYTES, at.full);
+        if (i + 1 == first) {
+            const char *ahead = p.ahead + (long long)range_start(p.ahead_units, blockIdx.x) * p.ahead_unit_bytes;
+            if (p.ahead)
+                for (int piece = 0; piece < p.ahead_bytes; piece += 16384)
+                    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(ahead + piece), "r"(16384) : "memory");
+            asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+        }
     }
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 DEVICE void feed_inputs(const Args &p, Cursor at, int unit, int count) {
@@ -339,7 +379,6 @@ DEVICE void multiply(u32 weights, u32 scales, u32 inputs, u32 last, u32 exponent
 // costs a store and a load.
 #define EMPTY 0xffffffffu
 
-DEVICE int range_start(int total, int block) { return (u32)total * (u32)block / gridDim.x; }
 DEVICE u32 settled(float v) { return __float_as_uint(v) == EMPTY ? 0x7fffffffu : __float_as_uint(v); }
 DEVICE bool arrived(const uint4 &v) { return v.x != EMPTY && v.y != EMPTY && v.z != EMPTY && v.w != EMPTY; }
 DEVICE void store_part(uint4 *to, const uint4 &v) {
@@ -353,6 +392,13 @@ DEVICE uint4 load_part(const uint4 *from) {
 }
 DEVICE uint4 *part(const Args &p, int block, int column) {
     return p.parts + ((block * 16 + threadIdx.x / 32) * 8 + column) * 32 + lane_id();
+}
+
+DEVICE void publish(const Args &p, const float (&sums)[NT][4]) {
+#pragma unroll
+    for (int j = 0; j < NT; ++j)
+        store_part(part(p, blockIdx.x, j),
+                   make_uint4(settled(sums[j][0]), settled(sums[j][1]), settled(sums[j][2]), settled(sums[j][3])));
 }
 
 // Adds what the following blocks have summed of the group that ends at `end`, in their order, and empties the places.
@@ -382,29 +428,19 @@ DEVICE void collect(const Args &p, float (&sums)[NT][4], int total, int end) {
     }
 }
 
-// A warp's sums over a group's stages begin .. end - 1 are complete: finish them, or leave them to the block before.
-DEVICE void emit(const Args &p, int group, int begin, int end, int units, float (&sums)[NT][4], float4 *scratch, const float *norms) {
-    const int tile = group * WARPS + threadIdx.x / 32, total = (p.tiles + WARPS - 1) / WARPS * units;
-    if (tile < p.tiles && begin > 0) {
+// Sums over all of a group's inputs are complete.
+DEVICE void finish_tile(const Args &p, const Prepared &ready, int tile, float (&sums)[NT][4], const float *norms) {
 #pragma unroll
-        for (int j = 0; j < NT; ++j)
-            store_part(part(p, blockIdx.x, j),
-                       make_uint4(settled(sums[j][0]), settled(sums[j][1]), settled(sums[j][2]), settled(sums[j][3])));
-    } else if (tile < p.tiles) {
-        if (end < units) collect(p, sums, total, (group + 1) * units);
+    for (int j = 0; j < NT; ++j)
 #pragma unroll
-        for (int j = 0; j < NT; ++j) scratch[j * 32 + lane_id()] = make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
-#pragma unroll 4
-        for (int j = 0; j < NT; ++j) finish_tile(p, tile, j, scratch[j * 32 + lane_id()], norms);
-    }
-#pragma unroll
-    for (int j = 0; j < NT; ++j) sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0.f;
+        for (int i = 0; i < 2; ++i)
+            finish(p, ready, tile, j, i, sums[j][i], sums[j][i + 2], norms[j * 8 + (lane_id() & 3) * 2 + i]);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const __grid_constant__ Args p) {
-    extern __shared__ __align__(128) char ring[];  // stages, then a scratch area for each warp
+    extern __shared__ __align__(128) char ring[];
     __shared__ Barriers barriers;
-    __shared__ float norms[NT * 8];
+    __shared__ float norms[NT * 8], norm_sums[SUBSETS * NT * 8];
     const int warp = threadIdx.x / 32, units = p.k_steps / STEPS, total = (p.tiles + WARPS - 1) / WARPS * units;
     const int from = range_start(total, blockIdx.x), count = range_start(total, blockIdx.x + 1) - from;
     if (threadIdx.x == 0) initialise(barriers, p.stages);
@@ -413,21 +449,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const __grid_con
     if (warp >= WARPS) {
         if (threadIdx.x == WARPS * 32) feed_weights(p, at, from, count);
         if (threadIdx.x == WARPS * 32 + 32) feed_inputs(p, at, from % units, count);
+        if (warp >= WARPS + 2) {
+            asm volatile("griddepcontrol.wait;" ::: "memory");
+            row_norms(p, norm_sums, norms);
+            arrive(shared(&barriers.norms));
+        }
         return;
     }
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    row_norms(p, (float *)(ring + p.stages * STAGE_BYTES), norms);
 
-    float4 *scratch = (float4 *)(ring + p.stages * STAGE_BYTES) + warp * NT * 32;
     const int live_row = min((NT - 1) * 8 + (int)(lane_id() >> 2), p.rows - 1) - (NT - 1) * 8;
     u32 words = warp * WEIGHT_WORDS * 512 + lane_id() * 16, scales = WORD_BYTES + warp * 128 + lane_id() / 4 * 16;
     u32 inputs = STEPS * WEIGHT_BYTES + lane_id() * 16, last = STEPS * WEIGHT_BYTES + (live_row * 4 + (lane_id() & 3)) * 16;
     u32 exponent = p.exponent;
     asm volatile("" : "+r"(words), "+r"(scales), "+r"(inputs), "+r"(last), "+r"(exponent));  // not to be computed anew each time
-    float sums[NT][4] = {};
     int group = from / units, begin = from % units;
     for (int left = count; left > 0; ++group, begin = 0) {
-        const int end = min(units, begin + left);
+        const int end = min(units, begin + left), tile = group * WARPS + warp;
+        const bool mine = begin == 0 && tile < p.tiles;
+        Prepared ready;
+        if (mine) ready.load(p, tile);
+        float sums[NT][4] = {};
         for (int unit = begin; unit < end; ++unit, at.next()) {
             wait(at.full, at.parity);
             multiply(at.stage + words, at.stage + scales, at.stage + inputs, at.stage + last, exponent, sums);
@@ -435,7 +477,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const __grid_con
             if (lane_id() == 0) arrive(at.empty());
         }
         left -= end - begin;
-        emit(p, group, begin, end, units, sums, scratch, norms);
+        if (mine) {
+            if (end < units) collect(p, sums, total, (group + 1) * units);
+            wait(shared(&barriers.norms), 0);
+            finish_tile(p, ready, tile, sums, norms);
+        } else if (tile < p.tiles) {
+            publish(p, sums);
+        }
     }
 }
 
