@@ -53,7 +53,7 @@ class FakeEngine:
         self.tokenizer = CharacterTokenizer()
         self.runner = SimpleNamespace(info=Info())
         self.costs = CostTable([1, 4], [0], [[0.01, 0.012]], drafters={"ngram": DraftCost(fixed=1e-4)})
-        self.controller = SimpleNamespace(name="pacer")
+        self.controller = SimpleNamespace(name="pacer", explain=lambda: None, calibration=list)
         self.source = SimpleNamespace(name="fake", path=None)
         self.interrupt_after = interrupt_after
         self.differ = differ

@@ -227,13 +227,13 @@ class CudaRunner(Runner):
             rows.extend(range(end - _wanted(segment), end))
             start = end
         logits = self._decoder.logits[:start, : self._spec.vocab]
-        hidden: torch.Tensor | None = self._decoder.hidden(start) if want_hidden else None
+        states = self._decoder.hidden(start) if want_hidden else None
         best = self._best.tokens[:start].tolist() if rows else []  # waits for the device
         if len(rows) < start:
             index = torch.tensor(rows, dtype=torch.int64, device=self._device)
             logits, best = logits[index], [best[row] for row in rows]
-            hidden = hidden[index] if hidden is not None else None
-        return ForwardOutput(logits.clone() if keep else logits, hidden, best)
+            states = states[index] if states is not None else None
+        return ForwardOutput(logits.clone() if keep else logits, states, best)
 
     def _rows(self, segment: Segment) -> Rows:
         sequence = self._own(segment.sequence)
