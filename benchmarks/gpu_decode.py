@@ -124,7 +124,7 @@ def milliseconds(run: Callable[[], object], inner: int = 10, repeats: int = 7) -
         run()
     times = []
     for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         for _ in range(inner):
             run()
