@@ -20,10 +20,10 @@ from paceline.execution.base import Runner, Segment, prefill
 from paceline.execution.native import build
 from paceline.execution.native.runner import NativeRunner
 from toys import ToyRunner, make_view, random_language
-from unit.execution.toy_sources import CONFIGS, ToySource
+from unit.execution.toy_sources import CONFIGS, EXTRA_CONFIGS, ToySource
 
 pytestmark = pytest.mark.skipif(isinstance(build.load_library(), str), reason=str(build.load_library()))
-CONFIGS["self_draft"] = {**CONFIGS["llama"], "head_dim": 16, "num_hidden_layers": 6, "max_position_embeddings": 512}
+EXTRA_CONFIGS["self_draft"] = {**CONFIGS["llama"], "head_dim": 16, "num_hidden_layers": 6, "max_position_embeddings": 512}
 PROMPT = [5, 9, 2, 7, 1, 8, 8, 3]
 
 

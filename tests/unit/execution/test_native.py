@@ -16,7 +16,7 @@ from paceline.execution.base import Segment, prefill
 from paceline.execution.native import binding, build
 from paceline.execution.native.pack import gate_up_order, pack_blocks, pack_float, quantise, unpack
 from paceline.execution.native.runner import MAX_ROWS, NativeRunner
-from unit.execution.toy_sources import CONFIGS, ToySource, stock_model
+from unit.execution.toy_sources import CONFIGS, EXTRA_CONFIGS, ToySource, stock_model
 
 ARCHITECTURES = ("llama", "llama_linear", "qwen2", "qwen2_sliding", "qwen3", "mistral", "gemma", "gemma3")
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
@@ -24,7 +24,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.08, "int4": 0.9}
 """Relative to the norm of the logits; random weights of large scale make rounding look worse than trained ones do."""
 
 for _name in ARCHITECTURES:  # the kernels want heads of a multiple of 16
-    CONFIGS[f"native_{_name}"] = {**CONFIGS[_name], "head_dim": 16, "max_position_embeddings": 4 * MAX_ROWS}
+    EXTRA_CONFIGS[f"native_{_name}"] = {**CONFIGS[_name], "head_dim": 16, "max_position_embeddings": 4 * MAX_ROWS}
 
 pytestmark = pytest.mark.skipif(isinstance(build.load_library(), str), reason=str(build.load_library()))
 

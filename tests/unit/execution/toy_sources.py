@@ -73,12 +73,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"model_type": "gpt_neox", **_COMMON},
 }
 
+EXTRA_CONFIGS: dict[str, dict[str, Any]] = {}
+"""Models of single test files; not part of the sweeps over CONFIGS."""
+
 
 @lru_cache
 def stock_model(name: str) -> torch.nn.Module:
     """The model of transformers itself, with its own eager attention, random float32 weights, biases and norms."""
     torch.manual_seed(7)
-    settings = dict(CONFIGS[name])
+    settings = dict((CONFIGS | EXTRA_CONFIGS)[name])
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
