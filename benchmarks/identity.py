@@ -20,6 +20,7 @@ from rich.progress import track
 from paceline.assembly import Target, build_engine, load_target
 from paceline.config import RunnerConfig, SamplingParams, SpeculationConfig
 from paceline.engine import MAX_BATCH, Engine
+from paceline.errors import PacelineError
 from paceline.execution.base import Segment, prefill
 from paceline.study.environment import command, environment
 from paceline.study.prompts import load_prompts
@@ -95,22 +96,24 @@ def defaults_on_all(target: Target, source: str, params: SamplingParams) -> tupl
 
 def every_drafter(
     target: Target, source: str, drafts: Sequence[str], limit: int, count: int, params: SamplingParams
-) -> tuple[list[dict[str, Any]], list[Difference]]:
+) -> Iterator[tuple[dict[str, Any], list[Difference]]]:
+    """A result for each drafter and length, as soon as it is there; a drafter that cannot be made is listed with the reason."""
     rows = load_prompts(source, limit=limit)[:count]
     base = build_engine(Engine, target, SpeculationConfig())
     prompts = encode(base, [row.text for row in rows])
     names = [row.name for row in rows]
     want = generate(base, prompts, params, plain=True)
-    results, found = [], []
     jobs = [(draft, k) for draft in drafts for k in LENGTHS]
     for draft, k in track(jobs, f"{base.runner.info.precision}, every drafter and length"):
+        part: dict[str, Any] = {"precision": base.runner.info.precision, "draft": draft, "num_draft": k}
         config = SpeculationConfig(draft=draft, controller="fixed", controller_options={"num_draft": k})
-        engine = build_engine(Engine, target, config)
+        try:
+            engine = build_engine(Engine, target, config)
+        except PacelineError as error:
+            yield part | {"num_prompts": 0, "num_identical": 0, "left_out": str(error)}, []
+            continue
         differing = list(compare(engine, names, prompts, want, generate(engine, prompts, params), k))
-        found += differing
-        part = {"precision": base.runner.info.precision, "draft": draft, "num_draft": k, "num_prompts": len(prompts)}
-        results.append(part | {"num_identical": len(prompts) - len(differing)})
-    return results, found
+        yield part | {"num_prompts": len(prompts), "num_identical": len(prompts) - len(differing)}, differing
 
 
 def main() -> None:
@@ -127,19 +130,23 @@ def main() -> None:
     params = SamplingParams(max_tokens=options.max_tokens)
     results: list[dict[str, Any]] = []
     differences: list[Difference] = []
+
+    def keep(part: dict[str, Any], found: Sequence[Difference]) -> None:
+        """Written after every part: an interrupted run keeps what it has."""
+        results.append(part)
+        differences.extend(found)
+        compared, same = sum(r["num_prompts"] for r in results), sum(r["num_identical"] for r in results)
+        document = {"environment": environment(), "command": command(), "compared": compared, "identical": same}
+        write_json(options.json, document | {"results": results, "differences": [asdict(d) for d in differences]})
+
     for number, precision in enumerate(options.precisions.split(",")):
         target = load_target(options.model, RunnerConfig(precision=precision))
         if number == 0:
-            part, found = defaults_on_all(target, options.prompts, params)
-            results.append(part)
-            differences += found
-        parts, found = every_drafter(target, options.prompts, options.drafts.split(","), options.limit, options.count, params)
-        results += parts
-        differences += found
-    compared, same = sum(r["num_prompts"] for r in results), sum(r["num_identical"] for r in results)
-    document = {"environment": environment(), "command": command(), "compared": compared, "identical": same}
-    write_json(options.json, document | {"results": results, "differences": [asdict(d) for d in differences]})
-    print(f"{same} of {compared} answers identical; {len(differences)} differences in {options.json}")
+            keep(*defaults_on_all(target, options.prompts, params))
+        drafts = options.drafts.split(",")
+        for part, found in every_drafter(target, options.prompts, drafts, options.limit, options.count, params):
+            keep(part, found)
+    print(f"{len(differences)} differences; see {options.json}")
 
 
 if __name__ == "__main__":
