@@ -17,7 +17,7 @@ from paceline.control.arbiter import Arbiter
 from paceline.control.bank import TimeBank
 from paceline.control.base import Controller, RoundContext
 from paceline.control.confidence import ConfidenceModel
-from paceline.control.pricing import LearnedCosts, best_net, best_ratio, rows_bucket, worth_another
+from paceline.control.pricing import LearnedCosts, best_net, best_ratio, round_seconds, rows_bucket, worth_another
 from paceline.control.probing import ProbeSchedule
 from paceline.costs import CostTable
 from paceline.errors import OptionError
@@ -278,14 +278,13 @@ class Pacer(Controller):
             # A long lag is paid once for a stay of many rounds (7.8).
             lag = outlook.catch_up
             once += costs.catch_up(drafter, lag if lag <= _DUE_CATCH_UP else _DUE_CATCH_UP + (lag - _DUE_CATCH_UP) // _STAY)
-        seconds = [once + each * k + curve[k] for k in range(limit + 1)]
         if alone:
             # Prices of near equals are noisy; a round with a draft in it is never cheaper than one without.
-            floor, draft = plain + line.fixed, line.per_token + _LEAST_ROW * plain
-            seconds = [max(cost, floor + draft * k) for k, cost in enumerate(seconds)]
+            seconds = round_seconds(curve, once, each, plain + line.fixed, line.per_token + _LEAST_ROW * plain)
             num_draft, emitted = best_ratio(rates, seconds)
             merit = emitted * plain / seconds[num_draft]
         else:
+            seconds = round_seconds(curve, once, each)
             price = _batch_price(context, plain, lane)
             num_draft, emitted = best_net(rates, seconds, price)
             merit = emitted - price * (seconds[num_draft] - curve[0])

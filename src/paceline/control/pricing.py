@@ -18,6 +18,17 @@ _SLOWEST_RATE = 0.1
 _NEWS = 0.02
 
 
+def round_seconds(forwards: Sequence[float], once: float, each: float, floor: float = 0.0, floor_each: float = 0.0) -> list[float]:
+    """Whole rounds for k = 0 .. K: `forwards[k] + once + each * k`, at least `floor + floor_each * k`."""
+    seconds = []
+    for forward in forwards:  # a loop: this runs in every round, and calls cost more than sums
+        cost = forward + once
+        seconds.append(cost if cost > floor else floor)
+        once += each
+        floor += floor_each
+    return seconds
+
+
 def best_ratio(rates: Sequence[float], seconds: Sequence[float]) -> tuple[int, float]:
     """The draft length k >= 1 with the most tokens a second, and its expected tokens.
 
@@ -90,6 +101,13 @@ class Scales:
     def of(self, rows: int) -> float:
         """The factor on a forward over this many rows."""
         return self.machine * self._rows[rows_bucket(rows)]
+
+    def run(self, rows: int, count: int) -> list[float]:
+        """The factors on forwards over rows, rows + 1, ..., `count` of them."""
+        machine = self.machine
+        if rows + count <= _EXACT_ROWS:  # the usual case, in the time of one call
+            return [machine * factor for factor in self._rows[rows : rows + count]]
+        return [self.of(rows + extra) for extra in range(count)]
 
     def update(self, rows: int, ratio: float, weight: float = 1.0) -> None:
         """Take in seen over predicted time. weight: share of a round that a record of a batch stands for."""
@@ -273,8 +291,8 @@ class LearnedCosts:
         key = (base, context >> _CONTEXT_SHIFT)
         curve = self._learnt.get(key)
         if curve is None or len(curve) <= count:
-            raw = self.measured(base, count, context)
-            curve = self._learnt[key] = [raw[extra] * self._scales.of(base + extra) for extra in range(count + 1)]
+            raw, factors = self.measured(base, count, context), self._scales.run(base, count + 1)
+            curve = self._learnt[key] = [seconds * factor for seconds, factor in zip(raw, factors, strict=False)]
         return curve
 
     def learn_plain(self, context: int, batch: int, round_seconds: float, verify_seconds: float) -> None:

@@ -208,3 +208,11 @@ def test_a_round_with_one_draft_says_nothing_about_overlap() -> None:
     overlap = Overlap()
     batched(overlap, [2.0, 0.0, 0.0, 0.0], host=2.0)
     assert overlap.serial == 0.5
+
+
+def test_a_run_of_scales_is_what_each_number_of_rows_gets() -> None:
+    scales = Scales()
+    for rows, ratio in ((1, 1.2), (3, 0.8), (62, 1.5), (70, 2.0)):
+        scales.update(rows, ratio)
+    for rows, count in ((1, 17), (60, 12)):
+        assert scales.run(rows, count) == [scales.of(rows + extra) for extra in range(count)]
