@@ -37,8 +37,10 @@ class PackedSegment:
             if not -1 <= parent < i:
                 raise OptionError(f"parents[{i}] = {parent}: must be -1 or the index of an earlier token")
             depths.append(0 if parent < 0 else depths[parent] + 1)
-        self.positions = [self.prefix + depth for depth in depths]
-        """Position of each new token: committed length + depth."""
+        self.positions = [self.prefix + cache.shift + depth for depth in depths]
+        """Position of each new token: committed length + depth, shifted where the cache keeps only some rows."""
+        self.mass: list[torch.Tensor] | None = None
+        """When a list: each layer adds [Hkv, prefix + count], the attention that the new tokens give to each slot."""
 
     def mask(self, window: int | None, device: torch.device) -> torch.Tensor | None:
         """[count, prefix + count] bool, True where a token may look; None where all may look everywhere.
@@ -59,7 +61,8 @@ class PackedSegment:
         mask[:, self.prefix :] = self._ancestors(device)
         if window is not None:
             queries = torch.tensor(self.positions, device=device)
-            keys = torch.cat([torch.arange(self.prefix, device=device), queries])
+            prefix = torch.arange(self.prefix, device=device) + self.cache.shift  # true in windowed layers: they keep last rows
+            keys = torch.cat([prefix, queries])
             mask &= queries[:, None] - keys[None, :] < window
         return mask
 
@@ -91,13 +94,30 @@ def reference_attention(
     heads, count, _ = query.shape
     groups = heads // keys.shape[0]
     grouped = query.reshape(keys.shape[0], groups * count, -1)
-    scores = torch.matmul(grouped, keys.transpose(1, 2)) * scale  # [Hkv, groups * T, S]
+    weights = _weights(grouped, keys, None if mask is None else mask.repeat(groups, 1), scale, softcap).to(query.dtype)
+    return torch.matmul(weights, values).reshape(heads, count, -1).transpose(0, 1)
+
+
+def _weights(
+    grouped: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """[Hkv, groups * T, S] float32: attention of each grouped query row."""
+    scores = torch.matmul(grouped, keys.transpose(1, 2)) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
-        scores = scores.masked_fill(~mask.repeat(groups, 1), float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(weights, values).reshape(heads, count, -1).transpose(0, 1)
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.softmax(scores, dim=-1, dtype=torch.float32)
+
+
+def attention_received(
+    query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """[Hkv, S] float32: the weights of `reference_attention`, summed over rows and over the heads of a group."""
+    heads, count, _ = query.shape
+    groups = heads // keys.shape[0]
+    grouped = query.reshape(keys.shape[0], groups * count, -1)
+    return _weights(grouped, keys, None if mask is None else mask.repeat(groups, 1), scale, softcap).sum(dim=1)
 
 
 def fused_attention(
@@ -134,7 +154,11 @@ def packed_attention(
     for segment in pack:
         rows = slice(segment.start, segment.start + segment.count)
         all_keys, all_values = segment.cache.write(layer, keys[:, rows], values[:, rows])
+        if window is not None:
+            segment.cache.windowed.add(layer)
         mask = segment.mask(window, query.device)
+        if segment.mass is not None:
+            segment.mass.append(attention_received(query[:, rows], all_keys, mask, scale, softcap))
         if softcap is None:
             outs.append(fused_attention(query[:, rows], all_keys, all_values, mask, scale))
         else:

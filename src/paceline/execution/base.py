@@ -7,11 +7,13 @@ length and returns logits for the rows asked for. Nothing is committed until `ac
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+
+from paceline.errors import OptionError
 
 
 class SequenceHandle(Protocol):
@@ -52,6 +54,8 @@ class ForwardOutput:
     best: list[int] | None = None
     """Per row the token of the largest logit, the lowest of equals, -1 where a logit is not finite; None where the backend leaves
     that to the caller."""
+    taps: torch.Tensor | None = None
+    """[T, layers, H] float32 of *all* new tokens, in the order of the segments: what `forward_tapped` was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,19 @@ class RunnerInfo:
     """True when a row's logits have the same bits in any batch, chain or tree."""
     weight_bytes: int = 0
     extra: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedToken:
+    """A token of `Runner.decode_ahead`, with evidence of its own distribution at temperature 1."""
+
+    token: int
+    largest: float
+    """Largest probability: the token's own."""
+    entropy: float
+    """Nats."""
+    margin: float
+    """Largest less second-largest probability."""
 
 
 class Runner(ABC):
@@ -93,6 +110,10 @@ class Runner(ABC):
         Raises ResourceError when a sequence would exceed `info.max_context`.
         """
 
+    host_threads: int | None = None
+    """Torch threads for what runs between this runner's forwards; None: as they are. Kernels with threads of their own ask for one:
+    theirs wait for the next forward on the same cores, and sampling from a row took five times as long with torch's beside them."""
+
     runs_parts: bool = False
     """Whether `forward_part` is there."""
 
@@ -102,6 +123,72 @@ class Runner(ABC):
         nothing below them was skipped. For self-speculative drafts; raises NotImplementedError unless `runs_parts`.
         """
         raise NotImplementedError(f"the {self.info.backend} backend runs whole models only")
+
+    decodes_ahead: bool = False
+    """Whether `decode_ahead` is there."""
+
+    def decode_ahead(
+        self, sequence: SequenceHandle, feed: Sequence[int], most: int, keep_on: Callable[[DecodedToken], bool]
+    ) -> list[DecodedToken]:
+        """Feed tokens, then decode greedily until `keep_on` says no or there are `most`; never waits for the answer.
+
+        A token that was under way when the answer was no comes along, since its time is spent: whether it does depends on nothing
+        that is known of it. Commits `feed` and the decoded tokens but the last one. Raises OptionError, ResourceError;
+        NotImplementedError unless `decodes_ahead`.
+        """
+        raise NotImplementedError(f"the {self.info.backend} backend decodes token by token")
+
+    has_taps: bool = False
+    """Whether `forward_tapped` is there."""
+
+    def forward_tapped(self, segments: Sequence[Segment], layers: Sequence[int]) -> ForwardOutput:
+        """As `forward`, and hands out the residual stream in `ForwardOutput.taps`, for drafts that are heads of the target.
+
+        layers: numbers as in transformers' `hidden_states`: l stands for what enters layer l (0: the embeddings), the number of
+        layers for the last state after the final norm. Raises NotImplementedError unless `has_taps`.
+        """
+        raise NotImplementedError(f"the {self.info.backend} backend does not hand out hidden states")
+
+    grades: bool = False
+    """Whether every layer has its matrices in two precisions, and `set_grades` chooses between them."""
+
+    def set_grades(self, wide: Sequence[bool]) -> None:
+        """Which layers compute in their second precision from now on; all others do in their first, as all do at the beginning.
+
+        Raises OptionError for another number of layers, NotImplementedError unless `grades`.
+        """
+        raise NotImplementedError(f"the {self.info.backend} backend has one precision for all layers")
+
+    gathers: bool = False
+    """Whether `gather`, `follow`, `attention_mass` and `read_keys` are there."""
+
+    def gather(self, sequence: SequenceHandle, rows: torch.Tensor) -> SequenceHandle:
+        """A working copy that holds some of the committed rows only, for drafts over a part of the cache.
+
+        rows: [K] int64, or [layers, kv heads, K] to choose for each head, increasing along the last dimension. Layers with a
+        sliding window keep their last K rows, whatever was chosen: others are soon out of sight there. New tokens of the copy get
+        the positions that they have in `sequence`. Raises OptionError for other rows, NotImplementedError unless `gathers`.
+        """
+        raise NotImplementedError(f"the {self.info.backend} backend keeps whole caches only")
+
+    def follow(self, copy: SequenceHandle, sequence: SequenceHandle) -> None:
+        """Append to a gathered copy what `sequence` has committed behind it, as the whole model computed it.
+
+        Raises OptionError when the copy is ahead, NotImplementedError unless `gathers`.
+        """
+        raise NotImplementedError(f"the {self.info.backend} backend keeps whole caches only")
+
+    def attention_mass(self, sequence: SequenceHandle, tokens: Sequence[int]) -> torch.Tensor:
+        """[layers, kv heads, length] float32: attention that each committed row gets from the last len(tokens) committed tokens,
+        summed over these and over the heads of a group.
+
+        tokens: those committed tokens. Costs a forward over them; changes nothing. Raises NotImplementedError unless `gathers`.
+        """
+        raise NotImplementedError(f"the {self.info.backend} backend does not tell its attention")
+
+    def read_keys(self, sequence: SequenceHandle, layer: int) -> torch.Tensor:
+        """[kv heads, length, D] float32: a layer's committed keys, rotated. Raises NotImplementedError unless `gathers`."""
+        raise NotImplementedError(f"the {self.info.backend} backend does not show its keys")
 
     @abstractmethod
     def accept(self, sequence: SequenceHandle, rows: Sequence[int]) -> None:
@@ -119,9 +206,37 @@ class Runner(ABC):
         """Give the sequence's memory back."""
 
 
-def prefill(runner: Runner, sequence: SequenceHandle, tokens: Sequence[int], chunk: int = 512) -> None:
-    """Feed and commit tokens without logits, `chunk` at a time, so that activations stay small."""
+def check_gather(rows: torch.Tensor, length: int, heads: tuple[int, int]) -> torch.Tensor:
+    """The rows of a `gather` as [layers, kv heads, K] int64 on their device. Raises OptionError unless they fit the contract.
+
+    length: committed rows; heads: (layers, kv heads).
+    """
+    shape = tuple(rows.shape)
+    if rows.dtype != torch.int64 or (len(shape) != 1 and shape[:-1] != heads):
+        raise OptionError(f"rows: shape {shape}, {rows.dtype}: give int64 of shape [K] or [{heads[0]}, {heads[1]}, K]")
+    ends = rows.numel() > 0 and (int(rows.min()) < 0 or int(rows.max()) >= length)
+    if ends or bool((rows.diff(dim=-1) <= 0).any()):
+        raise OptionError(f"rows: must increase and lie in 0 .. {length - 1}")
+    return rows.expand(*heads, shape[-1])
+
+
+def prefill(
+    runner: Runner,
+    sequence: SequenceHandle,
+    tokens: Sequence[int],
+    chunk: int = 512,
+    *,
+    taps: Sequence[int] = (),
+    listen: Callable[[torch.Tensor], None] | None = None,
+) -> None:
+    """Feed and commit tokens without logits, `chunk` at a time, so that activations stay small.
+
+    listen: called with each chunk's states of the layers `taps` (see `Runner.forward_tapped`) when there are any.
+    """
     for start in range(0, len(tokens), chunk):
         part = tokens[start : start + chunk]
-        runner.forward([Segment(sequence, part, num_logits=0)])
+        segment = Segment(sequence, part, num_logits=0)
+        output = runner.forward_tapped([segment], taps) if taps else runner.forward([segment])
         runner.accept(sequence, range(len(part)))
+        if listen is not None and output.taps is not None:
+            listen(output.taps)

@@ -8,6 +8,7 @@ stores them (method: design notes on execution, section 3; the cacheless form is
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -52,8 +53,8 @@ class HFRunner(TorchRunner):
         )
         self._self_check(source.name, dtype)
 
-    def _run(self, pack: Pack, want_hidden: bool) -> ForwardOutput:
-        options: dict[str, Any] = {"output_hidden_states": True} if want_hidden else {}
+    def _run(self, pack: Pack, want_hidden: bool, taps: Sequence[int] = ()) -> ForwardOutput:
+        options: dict[str, Any] = {"output_hidden_states": True} if want_hidden or taps else {}
         if self._slices_logits:
             options["logits_to_keep"] = pack.wanted
         out = self._model(
@@ -63,7 +64,8 @@ class HFRunner(TorchRunner):
         if not self._slices_logits:
             logits = logits[pack.wanted]
         hidden = out.hidden_states[-1][0, pack.wanted] if want_hidden else None
-        return ForwardOutput(logits.float(), hidden)
+        tapped = torch.stack([out.hidden_states[layer][0].float() for layer in taps], dim=1) if taps else None
+        return ForwardOutput(logits.float(), hidden, taps=tapped)
 
     @torch.inference_mode()
     def _self_check(self, name: str, dtype: torch.dtype) -> None:

@@ -1,6 +1,7 @@
 """One sequence's keys and values for the torch runners: written behind the committed length, taken back by setting it.
 
-Slot = committed length + index in the segment; position = committed length + depth. On a chain both agree and `accept` only
+Slot = committed length + index in the segment; position = committed length + depth (+ shift, in a cache that keeps only some
+rows). On a chain both agree and `accept` only
 sets the length; on a tree the accepted rows are moved to consecutive slots unless they already are (methods of tree
 verification: SpecInfer, arXiv 2305.09781, section 4; the in-place rule is ours).
 """
@@ -30,6 +31,10 @@ class KVCache:
         self._length = 0
         self._capacity = 0
         self._staged: list[int] = []
+        self.shift = 0
+        """Position less slot: above 0 in a cache that was gathered from a longer one."""
+        self.windowed: set[int] = set()
+        """Layers that were attended through a sliding window."""
         self.closed = False
         self.moved_rows = 0
         """Rows that `accept` had to move so far, over all layers: stays 0 on chains."""
@@ -81,11 +86,37 @@ class KVCache:
 
     def fork(self) -> KVCache:
         """A copy of the committed part."""
-        copy = KVCache(len(self._keys), self._max_length)
-        copy._length, copy._capacity = self._length, self._capacity
+        copy = self._like(self._length)
+        copy._capacity = self._capacity
         copy._keys = [None if k is None else self._copied(k, self._capacity) for k in self._keys]
         copy._values = [None if v is None else self._copied(v, self._capacity) for v in self._values]
         return copy
+
+    def gather(self, rows: torch.Tensor) -> KVCache:
+        """A cache of these committed rows only; see `Runner.gather`. rows: [K], or [layers, Hkv, K], int64."""
+        copy = self._like(rows.shape[-1])
+        copy._capacity = copy._length
+        copy.shift = self.shift + self._length - copy._length
+        last = torch.arange(self._length - copy._length, self._length)
+        for layer in range(len(self._keys)):
+            stored = self.committed(layer)
+            if stored is not None:
+                chosen = last if layer in self.windowed else rows if rows.dim() == 1 else rows[layer]
+                copy._keys[layer], copy._values[layer] = (_pick(part, chosen) for part in stored)
+        return copy
+
+    def follow(self, whole: KVCache) -> None:
+        """Append what `whole` has committed behind this cache's last position. Raises OptionError when there is less."""
+        first = self._length + self.shift - whole.shift
+        if first > whole.length:
+            raise OptionError(f"sequence: has {whole.length} tokens, its copy has seen {first}; truncate the copy first")
+        self.stage(range(-1, whole.length - first - 1))
+        for layer in range(len(self._keys)):
+            stored = whole.committed(layer)
+            if stored is not None:
+                self.write(layer, stored[0][:, first:], stored[1][:, first:])
+        self._length += whole.length - first
+        self._staged = []
 
     def close(self) -> None:
         """Release the buffers."""
@@ -101,6 +132,11 @@ class KVCache:
         if keys is None or values is None:
             return None
         return keys[:, : self._length], values[:, : self._length]
+
+    def _like(self, length: int) -> KVCache:
+        copy = KVCache(len(self._keys), self._max_length)
+        copy._length, copy.shift, copy.windowed = length, self.shift, set(self.windowed)
+        return copy
 
     def _roomy(self, buffers: list[torch.Tensor | None], layer: int, like: torch.Tensor) -> torch.Tensor:
         buffer = buffers[layer]
@@ -127,3 +163,11 @@ class KVCache:
                     slots = torch.tensor(rows, device=buffer.device) + self._length
                     buffer[:, start : start + len(rows)] = buffer.index_select(1, slots)
                     self.moved_rows += len(rows)
+
+
+def _pick(part: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of [Hkv, S, D], the same for all heads ([K]) or each head's own ([Hkv, K])."""
+    rows = rows.to(part.device)
+    if rows.dim() == 1:
+        return part.index_select(1, rows)
+    return part.gather(1, rows[..., None].expand(-1, -1, part.shape[2]))

@@ -5,14 +5,14 @@ Residual stream, norms and rotations are float32; matrices compute in their own 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
-from paceline.errors import ModelError
+from paceline.errors import ModelError, OptionError
 from paceline.execution.attention import packed_attention
-from paceline.execution.base import ForwardOutput, RunnerInfo
+from paceline.execution.base import ForwardOutput, RunnerInfo, Segment
 from paceline.execution.linears import Linear, lost_paths, make_linear
 from paceline.execution.structure import LayerWeights, Matrix, RopeSpec, describe_structure, merged_weights
 from paceline.execution.torch_runner import Pack, TorchRunner
@@ -22,12 +22,13 @@ PRECISIONS = ("fp32", "bf16", "int8", "int4")
 
 
 class LeanRunner(TorchRunner):
-    """Runs Llama-like models (`describe_structure`) in `fp32`, `bf16`, `int8` or `int4`."""
+    """Runs Llama-like models (`describe_structure`) in `fp32`, `bf16`, `int8` or `int4`, or `int4+int8` (any two) for layers of two
+    grades (`set_grades`)."""
 
     @staticmethod
     def unsupported_reason(source: ModelSource, precision: str) -> str | None:
         """Why this model cannot run here, or None."""
-        if precision not in PRECISIONS:
+        if any(part not in PRECISIONS for part in precision.split("+")):
             return f"precision = {precision!r} is not one of {', '.join(PRECISIONS)}"
         spec = describe_structure(source.config)
         return spec if isinstance(spec, str) else None
@@ -39,15 +40,21 @@ class LeanRunner(TorchRunner):
         if isinstance(spec, str):
             raise ModelError(f"{source.name}: {spec}; use backend = 'hf'")
         self._spec = spec
-        self._precision = precision
+        self._precision, _, wide = precision.partition("+")
         weights = merged_weights(source, spec)
-        self._dtype = torch.bfloat16 if precision in ("bf16", "int4") else torch.float32
+        self._dtype = torch.bfloat16 if self._precision in ("bf16", "int4") else torch.float32
         self._embedding = weights.embedding.weight().to(device=device, dtype=self._dtype)
-        self._layers = [_Layer(self, layer, index) for index, layer in enumerate(weights.layers)]
+        self._narrow = [_Layer(self, layer, index) for index, layer in enumerate(weights.layers)]
+        self._wide = [_Layer(self, layer, index, wide) for index, layer in enumerate(weights.layers)] if wide else []
+        self._layers = self._narrow
+        self.grades = bool(wide)
         self._final_norm = weights.final_norm.to(device)
-        self._head = self.linear(weights.head, "int8" if precision == "int4" else precision)  # 4 bits cost too much quality here
+        self._part = (spec.layers, bytes(spec.layers))
+        """Layers that the current forward runs, and what it leaves out in each."""
+        head = "int8" if self._precision == "int4" else self._precision  # 4 bits cost too much quality here
+        self._head = self.linear(weights.head, head)
         self._scale = float(torch.tensor(spec.embed_scale).to(self._dtype))
-        self._ropes = {rope: _Rotation(rope, self._device) for rope in {spec.rope_of(i) for i in range(spec.layers)}}
+        self._ropes = {rope: Rotation(rope, self._device) for rope in {spec.rope_of(i) for i in range(spec.layers)}}
         limit = source.max_context
         on_cpu = self._device.type == "cpu"
         self.info = RunnerInfo(
@@ -71,25 +78,46 @@ class LeanRunner(TorchRunner):
         return make_linear(on_device, None if bias is None else bias.to(self._device), precision, blocks)
 
     def _linears(self) -> Iterator[Linear]:
-        for layer in self._layers:
+        for layer in (*self._narrow, *self._wide):
             yield from (layer.qkv, layer.o, layer.gate_up, layer.down)
         yield self._head
 
-    def _run(self, pack: Pack, want_hidden: bool) -> ForwardOutput:
+    def set_grades(self, wide: Sequence[bool]) -> None:
+        if len(wide) != len(self._wide):
+            raise OptionError(f"wide: {len(wide)} layers named; precision = {self.info.precision!r}, {self._spec.layers} layers")
+        self._layers = [(self._wide if chosen else self._narrow)[i] for i, chosen in enumerate(wide)]
+
+    runs_parts = True
+
+    def forward_part(self, segments: Sequence[Segment], *, layers: int | None = None, skip: bytes | None = None) -> ForwardOutput:
+        self._part = (self._spec.layers if layers is None else layers, skip or bytes(self._spec.layers))
+        try:
+            return self.forward(segments)
+        finally:
+            self._part = (self._spec.layers, bytes(self._spec.layers))
+
+    def _run(self, pack: Pack, want_hidden: bool, taps: Sequence[int] = ()) -> ForwardOutput:
         spec = self._spec
+        depth, skip = self._part
         x = (F.embedding(pack.tokens, self._embedding) * self._scale).float()
         angles = {rope: rotation.angles(pack.positions) for rope, rotation in self._ropes.items()}
-        for index, layer in enumerate(self._layers):
+        states: dict[int, torch.Tensor] = {}
+        for index, layer in enumerate(self._layers[:depth]):
             cos, sin = angles[spec.rope_of(index)]
-            x = layer(x, pack, cos, sin)
+            if index in taps:
+                states[index] = x
+            x = layer(x, pack, cos, sin, skip[index])
+        if spec.layers in taps:
+            states[spec.layers] = F.rms_norm(x, (spec.hidden,), self._final_norm, spec.norm_eps)
         hidden = F.rms_norm(x[pack.wanted], (spec.hidden,), self._final_norm, spec.norm_eps)
         logits = self._head(hidden).float()
         if spec.logit_softcap is not None:
             logits = torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
-        return ForwardOutput(logits, hidden if want_hidden else None)
+        tapped = torch.stack([states[layer] for layer in taps], dim=1) if taps else None
+        return ForwardOutput(logits, hidden if want_hidden else None, taps=tapped)
 
 
-class _Rotation:
+class Rotation:
     """Rotary tables of the positions of one forward."""
 
     def __init__(self, rope: RopeSpec, device: torch.device) -> None:
@@ -106,7 +134,8 @@ class _Rotation:
 class _Layer:
     """One decoder block."""
 
-    def __init__(self, runner: LeanRunner, weights: LayerWeights, index: int) -> None:
+    def __init__(self, runner: LeanRunner, weights: LayerWeights, index: int, precision: str | None = None) -> None:
+        """precision: None takes the runner's."""
         spec, device = runner._spec, runner._device
         self._spec, self._index, self._dtype = spec, index, runner._dtype
         self._attention_norm, self._mlp_norm = weights.attention_norm.to(device), weights.mlp_norm.to(device)
@@ -115,12 +144,15 @@ class _Layer:
         if weights.q_norm is not None and weights.k_norm is not None:
             heads = [weights.q_norm] * spec.heads + [weights.k_norm] * spec.kv_heads
             self._qk_norm = torch.stack(heads).to(device)  # [Hq + Hkv, D]
-        self.qkv, self.o = runner.linear(weights.qkv), runner.linear(weights.o)
-        self.gate_up, self.down = runner.linear(weights.gate_up), runner.linear(weights.down)
+        self.qkv, self.o = runner.linear(weights.qkv, precision), runner.linear(weights.o, precision)
+        self.gate_up, self.down = runner.linear(weights.gate_up, precision), runner.linear(weights.down, precision)
 
-    def __call__(self, x: torch.Tensor, pack: Pack, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """x: [T, H] float32. Returns the same shape."""
-        x = self._add(x, self._attend(self._norm(x, self._attention_norm), pack, cos, sin), self._attention_out_norm)
+    def __call__(self, x: torch.Tensor, pack: Pack, cos: torch.Tensor, sin: torch.Tensor, skip: int = 0) -> torch.Tensor:
+        """x: [T, H] float32. Returns the same shape. skip: bit 0 leaves the attention out, bit 1 the MLP."""
+        if not skip & 1:
+            x = self._add(x, self._attend(self._norm(x, self._attention_norm), pack, cos, sin), self._attention_out_norm)
+        if skip & 2:
+            return x
         gate, up = self.gate_up(self._norm(x, self._mlp_norm)).chunk(2, dim=-1)
         return self._add(x, self.down(self._activate(gate) * up), self._mlp_out_norm)
 

@@ -10,8 +10,9 @@ import torch
 
 from paceline.errors import ModelError, OptionError, ResourceError
 from paceline.execution.attention import PackedSegment
-from paceline.execution.base import ForwardOutput, Runner, Segment, SequenceHandle
+from paceline.execution.base import ForwardOutput, Runner, Segment, SequenceHandle, check_gather
 from paceline.execution.kvcache import KVCache
+from paceline.execution.threads import torch_threads
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,16 +42,49 @@ class TorchRunner(Runner):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._threads = torch.get_num_threads()
+        """A draft keeps its threads while the target's rounds run with fewer (`Runner.host_threads`)."""
 
     @abstractmethod
-    def _run(self, pack: Pack, want_hidden: bool) -> ForwardOutput:
-        """Compute the wanted rows, writing keys and values through `packed_attention`."""
+    def _run(self, pack: Pack, want_hidden: bool, taps: Sequence[int] = ()) -> ForwardOutput:
+        """Compute the wanted rows, writing keys and values through `packed_attention`. taps: layers of `forward_tapped`."""
 
     def open(self) -> KVCache:
         return KVCache(self.info.num_layers, self.info.max_context)
 
     def fork(self, sequence: SequenceHandle) -> KVCache:
         return self._cache(sequence).fork()
+
+    gathers = True
+
+    def gather(self, sequence: SequenceHandle, rows: torch.Tensor) -> KVCache:
+        cache = self._cache(sequence)
+        stored = cache.committed(0)
+        heads = (self.info.num_layers, stored[0].shape[0] if stored is not None else 0)
+        checked = check_gather(rows, cache.length, heads)
+        with torch.inference_mode():
+            return cache.gather(rows if rows.dim() == 1 else checked)
+
+    def follow(self, copy: SequenceHandle, sequence: SequenceHandle) -> None:
+        with torch.inference_mode():
+            self._cache(copy).follow(self._cache(sequence))
+
+    def attention_mass(self, sequence: SequenceHandle, tokens: Sequence[int]) -> torch.Tensor:
+        # On a copy: feeding committed tokens again in another grouping could change bits of the target's own cache.
+        copy = self.fork(sequence)
+        copy.truncate(copy.length - len(tokens))
+        pack = self._pack([Segment(copy, tokens, num_logits=0)])
+        mass: list[torch.Tensor] = []
+        pack.segments[0].mass = mass
+        with torch.inference_mode():
+            self._run(pack, False)
+        return torch.stack(mass)
+
+    def read_keys(self, sequence: SequenceHandle, layer: int) -> torch.Tensor:
+        stored = self._cache(sequence).committed(layer)
+        if stored is None:
+            raise OptionError("sequence: is empty; feed its prompt first")
+        return stored[0].float()
 
     def accept(self, sequence: SequenceHandle, rows: Sequence[int]) -> None:
         self._cache(sequence).accept(rows)
@@ -63,9 +97,17 @@ class TorchRunner(Runner):
             sequence.close()
 
     def forward(self, segments: Sequence[Segment], *, want_hidden: bool = False) -> ForwardOutput:
-        with torch.inference_mode():
+        return self._forward(segments, want_hidden, ())
+
+    has_taps = True
+
+    def forward_tapped(self, segments: Sequence[Segment], layers: Sequence[int]) -> ForwardOutput:
+        return self._forward(segments, False, layers)
+
+    def _forward(self, segments: Sequence[Segment], want_hidden: bool, taps: Sequence[int]) -> ForwardOutput:
+        with torch.inference_mode(), torch_threads(self._threads):
             try:
-                return self._run(self._pack(segments), want_hidden)
+                return self._run(self._pack(segments), want_hidden, taps)
             except torch.OutOfMemoryError as error:
                 raise ResourceError(
                     f"{self.info.device}: out of memory in a forward; use fewer sequences or a shorter context"

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paceline import compiled
 from paceline.errors import OptionError, ResourceError
 from paceline.execution.base import Segment, prefill
 from paceline.execution.native import binding, build
@@ -215,7 +216,7 @@ def test_structures_that_the_kernels_lack_are_named() -> None:
 
 
 def test_without_a_compiler_the_reason_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "find_compiler", lambda: None)
+    monkeypatch.setattr(compiled, "find_compiler", lambda: None)
     build.load_library.cache_clear()
     try:
         assert "install gcc" in str(build.load_library())
@@ -226,7 +227,7 @@ def test_without_a_compiler_the_reason_says_what_to_install(monkeypatch: pytest.
 
 def test_a_compiler_that_fails_is_reported_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path))
-    monkeypatch.setattr(build, "find_compiler", lambda: ["false"])
+    monkeypatch.setattr(compiled, "find_compiler", lambda: ["false"])
     build.load_library.cache_clear()
     try:
         assert "false refused the kernels" in str(build.load_library())

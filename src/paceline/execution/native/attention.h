@@ -3,7 +3,8 @@
  * A row visits its keys in position order whether they lie in a chain or on a branch of a tree, so both give the same bits.
  *
  * Cache layout of one (layer, kv head): keys [capacity/16][D][16] (a lane is a position), values [capacity][D];
- * f16, or f32 when the model runs in fp32. A slot below the committed length is its position. */
+ * f16, or f32 when the model runs in fp32. A slot plus the segment's shift is its position; a sequence that keeps only some rows
+ * has a shift, and its first slots hold rows of lower positions (in windowed layers: exactly those positions). */
 #ifndef PACELINE_ATTENTION_H
 #define PACELINE_ATTENTION_H
 
@@ -18,7 +19,7 @@ typedef struct {
   int32_t base;           /* committed slots */
   int32_t first_row, num_rows;
   int32_t is_tree; /* rows carry ancestor bits; otherwise row i sees rows 0..i */
-  int32_t pad;
+  int32_t shift;   /* position - slot */
 } Segment;
 
 INLINE v16 load_kv(const uint8_t *p, size_t i, const int f32) {
@@ -100,6 +101,8 @@ typedef struct {
   float scale;
   const uint64_t *ancestors; /* per row of the batch: bit i = row i of its segment is an ancestor or itself */
   const int32_t *positions;
+  float *mass; /* [regions][mass_stride]: attention that each slot gets, summed over queries; or NULL */
+  int32_t mass_stride;
 } AttentionSpec;
 
 /* Up to 4 queries that share a kv head: query r belongs to row row_of[r] of the segment (not decreasing). out[r]: [dim].
@@ -111,7 +114,7 @@ INLINE void attend_block(const Segment *s, size_t region, const AttentionSpec *a
   const float *weights[4];
   int lowest = 1 << 30, slots = s->base + row_of[rows - 1] + 1;
   for (int r = 0; r < rows; r++) {
-    int position = a->positions[s->first_row + row_of[r]];
+    int position = a->positions[s->first_row + row_of[r]] - s->shift; /* in slots */
     start[r] = a->window && position - a->window + 1 > 0 ? position - a->window + 1 : 0;
     if (start[r] < lowest) lowest = start[r];
   }
@@ -136,6 +139,8 @@ INLINE void attend_block(const Segment *s, size_t region, const AttentionSpec *a
     }
     count[r] = prefix_end[r] - start[r] + visible;
     inverse[r] = 1.0f / softmax(scores + start[r], count[r]);
+    if (a->mass)
+      for (int i = start[r]; i < prefix_end[r]; i++) a->mass[region * (size_t)a->mass_stride + i] += scores[i] * inverse[r];
     weights[r] = scores + start[r];
     shift[r] = start[r];
     if (start[r] > shared_from) shared_from = start[r];

@@ -40,7 +40,7 @@ class Segment(Structure):
     _fields_ = (
         ("keys", c_void_p),
         ("values", c_void_p),
-        *((name, c_int32) for name in ("capacity", "base", "first_row", "num_rows", "is_tree", "pad")),
+        *((name, c_int32) for name in ("capacity", "base", "first_row", "num_rows", "is_tree", "shift")),
     )
 
 
@@ -49,7 +49,8 @@ class Batch(Structure):
         *((name, c_int32) for name in ("rows", "segments", "logit_rows", "run_layers")),
         *((name, c_void_p) for name in ("tokens", "positions", "ancestors")),
         ("segment", POINTER(Segment)),
-        *((name, c_void_p) for name in ("logit_row", "logits", "hidden", "best", "skip")),
+        *((name, c_void_p) for name in ("logit_row", "logits", "hidden", "best", "skip", "mass", "tap_layer", "taps")),
+        *((name, c_int32) for name in ("mass_stride", "num_taps")),
     )
 
 

@@ -11,7 +11,7 @@
 #include "attention.h"
 #include "linear.h"
 
-#define ABI_VERSION 2
+#define ABI_VERSION 4
 
 typedef struct {
   Matrix qkv, o, gate_up, down;
@@ -42,6 +42,10 @@ typedef struct {
   float *hidden;            /* [logit_rows][hidden] after the final norm, or NULL */
   int32_t *best;            /* [logit_rows] most probable token, the lowest of equals; -1 where a logit is not finite */
   const uint8_t *skip;      /* [layers] bit 0: skip attention, bit 1: skip the MLP; or NULL */
+  float *mass;              /* [layers * kv heads][mass_stride]: attention of a chain's rows is added here; or NULL */
+  const int32_t *tap_layer; /* [num_taps] layers whose entering states are handed out; `layers`: the last state, normed */
+  float *taps;              /* [rows][num_taps][hidden] */
+  int32_t mass_stride, num_taps;
 } Batch;
 
 typedef struct Engine Engine;
@@ -230,14 +234,16 @@ static void attention(Worker *w, int l) {
   Engine *e = w->engine;
   const Model *m = &e->model;
   Batch *b = e->batch;
-  AttentionSpec spec = {m->dim, m->layer[l].window, m->attention_scale, b->ancestors, b->positions};
+  AttentionSpec spec = {m->dim, m->layer[l].window, m->attention_scale, b->ancestors, b->positions, b->mass, b->mass_stride};
   int width = m->heads + 2 * m->kv_heads, group = m->heads / m->kv_heads, from, to;
   for (int si = 0; si < b->segments; si++) {
     Segment *s = b->segment + si;
     int queries = s->num_rows * group; /* of one kv head, row by row: they share its keys and values */
     share(w, (queries + 3) / 4 * m->kv_heads, 1, &from, &to);
+    if (b->mass) from = 0, to = (queries + 3) / 4 * m->kv_heads;
     for (int item = from; item < to; item++) {
       int kv_head = item % m->kv_heads, first = item / m->kv_heads * 4;
+      if (b->mass && kv_head % e->threads != w->id) continue; /* one worker adds up a head's mass, in order */
       int count = queries - first < 4 ? queries - first : 4, row_of[4];
       const float *q[4];
       float *out[4];
@@ -376,11 +382,33 @@ static void logits(Worker *w) {
   for (int i = from; i < to; i++) b->best[i] = best_of(b->logits + (size_t)i * m->vocab, m->vocab);
 }
 
+/* Hand out the rows that enter layer l. */
+static void tap(Worker *w, int l) {
+  Engine *e = w->engine;
+  const Model *m = &e->model;
+  Batch *b = e->batch;
+  for (int t = 0; t < b->num_taps; t++) {
+    if (b->tap_layer[t] != l) continue;
+    int from, to;
+    share(w, b->rows, 1, &from, &to);
+    for (int row = from; row < to; row++) {
+      const float *x = e->x + (size_t)row * m->hidden;
+      float *out = b->taps + ((size_t)row * b->num_taps + t) * m->hidden;
+      if (l == m->layers) rms_norm(x, m->final_norm, m->hidden, m->eps, out);
+      else memcpy(out, x, (size_t)m->hidden * 4);
+    }
+  }
+}
+
 static void run(Worker *w) {
   Engine *e = w->engine;
   embed(w);
   barrier(e);
-  for (int l = 0; l < e->batch->run_layers; l++) run_layer(w, l, e->batch->skip ? e->batch->skip[l] : 0);
+  for (int l = 0; l < e->batch->run_layers; l++) {
+    tap(w, l);
+    run_layer(w, l, e->batch->skip ? e->batch->skip[l] : 0);
+  }
+  tap(w, e->batch->run_layers);
   if (e->batch->logit_rows) logits(w);
   barrier(e);
 }

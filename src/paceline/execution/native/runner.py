@@ -6,44 +6,26 @@ import ctypes
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from paceline.errors import ModelError, OptionError, ResourceError
-from paceline.execution.base import ForwardOutput, Runner, RunnerInfo, Segment, SequenceHandle
+from paceline.execution.base import ForwardOutput, Runner, RunnerInfo, Segment, SequenceHandle, check_gather
 from paceline.execution.native import binding
-from paceline.execution.native.arena import Arena
 from paceline.execution.native.build import load_library
-from paceline.execution.native.pack import Packed, gate_up_order, pack_blocks, pack_float, quantise
-from paceline.execution.structure import LeanSpec, Matrix, ModelWeights, describe_structure, merged_weights
+from paceline.execution.native.sequence import NativeSequence, copy_rows, keys_of
+from paceline.execution.native.weights import KINDS, NativeWeights
+from paceline.execution.structure import LeanSpec, ModelWeights, describe_structure, merged_weights
 from paceline.models.base import ModelSource
 
 MAX_ROWS = 512
 """Rows of one call of the kernels; longer prompts go in pieces."""
 MAX_TREE = 64
 _FIRST_CAPACITY = 512
-_KINDS = {"fp32": binding.FP32, "bf16": binding.BF16, "int8": binding.Q8, "int4": binding.Q4}
-
-
-@dataclass(slots=True, eq=False)
-class NativeSequence:
-    """Keys and values of one sequence, in the layout of attention.h."""
-
-    keys: npt.NDArray[np.generic]
-    values: npt.NDArray[np.generic]
-    capacity: int
-    length: int = 0
-    keys_at: int = 0
-    values_at: int = 0
-    """Addresses of the arrays; asking numpy for them costs microseconds, and every round needs them."""
-
-    def __post_init__(self) -> None:
-        self.keys_at, self.values_at = self.keys.ctypes.data, self.values.ctypes.data
 
 
 def default_threads() -> int:
@@ -54,9 +36,12 @@ def default_threads() -> int:
 class NativeRunner(Runner):
     """Runs Llama-like models with the compiled kernels.
 
+    precision: one of the four, or `int4+int8` (either order) for layers of two grades (`set_grades`).
     A row's logits have the same bits alone, in a chain, in a tree and in any batch. Keys and values are kept in float16
     (float32 at precision fp32); activations of int8 and int4 models are rounded to 8 bits in groups of 32.
     """
+
+    host_threads = 1
 
     def __init__(
         self,
@@ -78,11 +63,9 @@ class NativeRunner(Runner):
         self._threads = threads or default_threads()
         context = min(max_context or source.max_context, source.max_context)
         self._kv_dtype = np.float32 if precision == "fp32" else np.uint16
-        self._keep: list[object] = []  # what the C structs point to
-        self._bytes = 0
-        self._arena = Arena(_weights_bound(spec, precision))
-        model = self._build_model(weights or merged_weights(source, spec), precision, context)
-        self._engine = library.paceline_open(ctypes.byref(model), self._threads, context)
+        self._weights = NativeWeights(spec, weights or merged_weights(source, spec), precision, MAX_ROWS)
+        self.grades = self._weights.grades
+        self._engine = library.paceline_open(ctypes.byref(self._weights.model), self._threads, context)
         if not self._engine:
             raise ResourceError("memory: no room for the kernels' work space")
         self.info = RunnerInfo(
@@ -95,7 +78,7 @@ class NativeRunner(Runner):
             fast_paths=("compiled forward", "AVX-512 VNNI" if library.paceline_avx512() else "portable vectors"),
             lost_paths=() if library.paceline_avx512() else ("AVX-512 VNNI: this processor lacks it",),
             deterministic_rows=True,
-            weight_bytes=self._bytes,
+            weight_bytes=self._weights.bytes,
             extra={
                 "threads": str(self._threads),
                 "kv": "float32" if precision == "fp32" else "float16",
@@ -108,8 +91,11 @@ class NativeRunner(Runner):
     @staticmethod
     def unsupported_reason(source: ModelSource, precision: str) -> str | None:
         """Why the kernels cannot run this model in this precision here; None if they can."""
-        if precision not in _KINDS:
+        parts = precision.split("+")
+        if any(part not in KINDS for part in parts):
             return f"precision {precision!r} is unknown"
+        if len(parts) > 1 and set(parts) != {"int4", "int8"}:
+            return f"precision {precision!r}: only int4 and int8 layers can be mixed, whose inputs are rounded alike"
         spec = describe_structure(source.config)
         if isinstance(spec, str):
             return spec
@@ -129,73 +115,10 @@ class NativeRunner(Runner):
         library = load_library()
         return library if isinstance(library, str) else None
 
-    # ---------- building ----------
-
-    def _build_model(self, weights: ModelWeights, precision: str, context: int) -> binding.Model:
-        spec = self.spec
-        embed = self._matrix(weights.embedding, precision, wide=True)
-        head = embed if spec.tied else self._matrix(weights.head, precision, wide=True)
-        layers = (binding.Layer * spec.layers)()
-        order = gate_up_order(spec.intermediate)
-        for i, layer in enumerate(weights.layers):
-            local = spec.windows[i] is not None and spec.local_rope is not None
-            layers[i] = binding.Layer(
-                qkv=self._matrix(layer.qkv, precision),
-                o=self._matrix(layer.o, precision),
-                gate_up=self._matrix(layer.gate_up, precision, order),
-                down=self._matrix(layer.down, precision),
-                norm_in=self._vector(layer.attention_norm),
-                norm_attn_out=self._vector(layer.attention_out_norm),
-                norm_mlp_in=self._vector(layer.mlp_norm),
-                norm_mlp_out=self._vector(layer.mlp_out_norm),
-                qkv_bias=self._vector(layer.qkv.bias()),
-                q_norm=self._vector(layer.q_norm),
-                k_norm=self._vector(layer.k_norm),
-                window=spec.windows[i] or 0,
-                rope=int(local),
-            )
-        ropes = [spec.rope] + ([spec.local_rope] if spec.local_rope is not None else [])
-        tables = [self._vector(torch.tensor(rope.inv_freq, dtype=torch.float32)) for rope in ropes]
-        self._keep.append(layers)
-        return binding.Model(
-            layers=spec.layers,
-            hidden=spec.hidden,
-            heads=spec.heads,
-            kv_heads=spec.kv_heads,
-            dim=spec.head_dim,
-            intermediate=spec.intermediate,
-            vocab=spec.vocab,
-            act_kind=_KINDS[precision],
-            gelu=int(spec.activation == "gelu_tanh"),
-            kv_f32=int(precision == "fp32"),
-            max_rows=MAX_ROWS,
-            tables=len(ropes),
-            eps=spec.norm_eps,
-            attention_scale=spec.attention_scale,
-            embed_scale=spec.embed_scale,
-            logit_cap=spec.logit_softcap or 0.0,
-            embed=embed,
-            head=head,
-            layer=layers,
-            final_norm=self._vector(weights.final_norm),
-            inv_freq=(ctypes.c_void_p * 2)(*tables),
-            rope_scale=(ctypes.c_float * 2)(*(rope.attention_factor for rope in ropes)),
-        )
-
-    def _vector(self, values: torch.Tensor | None) -> int | None:
-        if values is None:
-            return None
-        array = np.ascontiguousarray(values.detach().float().numpy())
-        self._keep.append(array)
-        return int(array.ctypes.data)
-
-    def _matrix(
-        self, matrix: Matrix, precision: str, order: npt.NDArray[np.intp] | None = None, wide: bool = False
-    ) -> binding.Matrix:
-        packed = pack_matrix(matrix, precision, order, wide)
-        data = self._arena.add(packed.data)
-        self._bytes += packed.data.nbytes
-        return binding.Matrix(data=data, n=packed.rows, k=packed.columns, kind=packed.kind, pad=0)
+    def set_grades(self, wide: Sequence[bool]) -> None:
+        if not self.grades or len(wide) != self.spec.layers:
+            raise OptionError(f"wide: {len(wide)} layers named; precision = {self.info.precision!r}, {self.spec.layers} layers")
+        self._weights.set_grades(wide)
 
     def _make_buffers(self) -> None:
         self._tokens = np.zeros(MAX_ROWS, np.int32)
@@ -220,7 +143,7 @@ class NativeRunner(Runner):
     def open(self) -> NativeSequence:
         if self._spare:
             sequence = self._spare.pop()
-            sequence.length = 0
+            sequence.length = sequence.shift = 0
             return sequence
         return self._allocate(min(_FIRST_CAPACITY, self._slots(self.info.max_context)))
 
@@ -251,7 +174,43 @@ class NativeRunner(Runner):
 
     def fork(self, sequence: SequenceHandle) -> NativeSequence:
         held = cast(NativeSequence, sequence)
-        return NativeSequence(held.keys.copy(), held.values.copy(), held.capacity, held.length)
+        return NativeSequence(held.keys.copy(), held.values.copy(), held.capacity, held.length, held.shift)
+
+    gathers = True
+
+    def gather(self, sequence: SequenceHandle, rows: torch.Tensor) -> NativeSequence:
+        held, spec = cast(NativeSequence, sequence), self.spec
+        chosen = check_gather(rows, held.length, (spec.layers, spec.kv_heads)).numpy()
+        count = chosen.shape[-1]
+        if any(spec.windows):
+            chosen = chosen.copy()
+            chosen[[window is not None for window in spec.windows]] = np.arange(held.length - count, held.length)
+        copy = self._allocate(self._slots(count))
+        copy.shift = held.shift + held.length - count
+        copy_rows(held, chosen.reshape(-1, count), copy)
+        return copy
+
+    def follow(self, copy: SequenceHandle, sequence: SequenceHandle) -> None:
+        part, held = cast(NativeSequence, copy), cast(NativeSequence, sequence)
+        first = part.length + part.shift - held.shift
+        if first > held.length:
+            raise OptionError(f"sequence: has {held.length} tokens, its copy has seen {first}; truncate the copy first")
+        self._grow(part, part.length + held.length - first)
+        copy_rows(held, np.broadcast_to(np.arange(first, held.length), (len(held.keys), held.length - first)), part)
+
+    def attention_mass(self, sequence: SequenceHandle, tokens: Sequence[int]) -> torch.Tensor:
+        held, end = cast(NativeSequence, sequence), sequence.length
+        mass = np.zeros((self.spec.layers, self.spec.kv_heads, end), np.float32)
+        self._batch.mass, self._batch.mass_stride = mass.ctypes.data, end
+        held.length -= len(tokens)
+        try:
+            self.forward([Segment(held, tokens, num_logits=0)])  # writes what is there already, bit for bit
+        finally:
+            held.length, self._batch.mass = end, None
+        return torch.from_numpy(mass)
+
+    def read_keys(self, sequence: SequenceHandle, layer: int) -> torch.Tensor:
+        return keys_of(cast(NativeSequence, sequence), self.spec.kv_heads, layer)
 
     def accept(self, sequence: SequenceHandle, rows: Sequence[int]) -> None:
         held = cast(NativeSequence, sequence)
@@ -270,7 +229,7 @@ class NativeRunner(Runner):
 
     def close(self, sequence: SequenceHandle) -> None:
         held = cast(NativeSequence, sequence)
-        if len(self._spare) < 2 and not any(held is other for other in self._spare):
+        if len(self._spare) < 2 and not held.shift and not any(held is other for other in self._spare):
             self._spare.append(held)  # its pages are already there for the next request
 
     def shutdown(self) -> None:
@@ -292,6 +251,18 @@ class NativeRunner(Runner):
 
     def forward_part(self, segments: Sequence[Segment], *, layers: int | None = None, skip: bytes | None = None) -> ForwardOutput:
         return self._forward(segments, False, self.spec.layers if layers is None else layers, skip)
+
+    has_taps = True
+
+    def forward_tapped(self, segments: Sequence[Segment], layers: Sequence[int]) -> ForwardOutput:
+        taps = torch.empty(sum(len(s.tokens) for s in segments), len(layers), self.spec.hidden)
+        tap_layer = np.array(layers, np.int32)
+        batch = self._batch
+        batch.tap_layer, batch.taps, batch.num_taps = tap_layer.ctypes.data, taps.data_ptr(), len(layers)
+        try:
+            return replace(self._forward(segments, False, self.spec.layers, None), taps=taps)
+        finally:
+            batch.num_taps = 0
 
     def _forward(self, segments: Sequence[Segment], want_hidden: bool, layers: int, skip: bytes | None) -> ForwardOutput:
         wanted = [len(s.tokens) if s.num_logits is None else s.num_logits for s in segments]
@@ -328,7 +299,8 @@ class NativeRunner(Runner):
             self._hidden = torch.empty(rows, self.spec.hidden)
 
     def _describe(self, held: NativeSequence, first_row: int, rows: int, is_tree: bool, offset: int = 0) -> binding.Segment:
-        return binding.Segment(held.keys_at, held.values_at, held.capacity, held.length + offset, first_row, rows, int(is_tree), 0)
+        base = held.length + offset
+        return binding.Segment(held.keys_at, held.values_at, held.capacity, base, first_row, rows, int(is_tree), held.shift)
 
     def _put(self, segment: Segment, start: int, piece: int, row: int, index: int, first_asked: int, asked: int) -> int:
         """Write tokens start..start + piece of a segment into the call's buffers; returns the new count of asked rows."""
@@ -338,8 +310,9 @@ class NativeRunner(Runner):
             raise ResourceError(f"context: {base + piece} tokens exceed max_context = {self.info.max_context}")
         self._grow(held, base + piece)
         self._tokens[row : row + piece] = segment.tokens[start : start + piece]
+        at = base + held.shift
         if segment.parents is None:
-            self._positions[row : row + piece] = range(base, base + piece)
+            self._positions[row : row + piece] = range(at, at + piece)
         else:
             bits: list[int] = []
             depth: list[int] = []
@@ -347,7 +320,7 @@ class NativeRunner(Runner):
                 bits.append(1 << i | (bits[parent] if parent >= 0 else 0))
                 depth.append(depth[parent] + 1 if parent >= 0 else 0)
             self._ancestors[row : row + piece] = bits
-            self._positions[row : row + piece] = [base + d for d in depth]
+            self._positions[row : row + piece] = [at + d for d in depth]
         self._segments[index] = self._describe(held, row, piece, segment.parents is not None, start)
         new = max(0, start + piece - first_asked)
         self._wanted[asked : asked + new] = range(row + piece - new, row + piece)
@@ -361,26 +334,6 @@ class NativeRunner(Runner):
             batch.best = self._best_at + done * 4
             batch.hidden = self._hidden.data_ptr() + done * self.spec.hidden * 4 if want_hidden else None
         self._library.paceline_forward(self._engine, ctypes.byref(batch))
+        if batch.num_taps:
+            batch.taps += rows * batch.num_taps * self.spec.hidden * 4
         return asked
-
-
-def _weights_bound(spec: LeanSpec, precision: str) -> int:
-    """Most bytes that the packed weights can take."""
-    hidden, middle = spec.hidden, spec.intermediate
-    heads = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim
-    values = spec.layers * (hidden * heads + 3 * hidden * middle) + 2 * (spec.vocab + 16) * hidden
-    width = {"fp32": 4.0, "bf16": 2.0}.get(precision, 1.0625)
-    return int(width * values) + spec.layers * 64 * 4 * max(hidden, middle)
-
-
-def pack_matrix(matrix: Matrix, precision: str, order: npt.NDArray[np.intp] | None, wide: bool) -> Packed:
-    """Pack one matrix for a precision. Embedding and head (`wide`) keep 8 bits at int4; the file's own blocks are kept
-    wherever they are as narrow as asked."""
-    kind = _KINDS[precision]
-    if kind in (binding.FP32, binding.BF16):
-        return pack_float(matrix.weight(), kind, order)
-    bits = 4 if precision == "int4" and not wide else 8
-    blocks = matrix.blocks()
-    if blocks is not None and blocks.bits == bits and (bits == 4 or np.array_equal(blocks.offsets, -128 * blocks.scales)):
-        return pack_blocks(blocks, order)
-    return pack_blocks(quantise(matrix.weight(), bits), order)
