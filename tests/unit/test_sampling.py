@@ -94,6 +94,22 @@ def test_the_ends_of_the_unit_interval_never_draw_an_impossible_token(weights):
     assert draw(row, 1.0) == int(row.nonzero()[-1])
 
 
+@given(st.integers(0, 2**32), st.floats(0, 1, exclude_max=True), st.sampled_from([1.0, 0.1, 0.002]))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_draw_from_a_whole_vocabulary_inverts_the_same_law(seed, u, share):
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(3000, generator=generator) ** 8
+    weights[torch.rand(3000, generator=generator) > share] = 0.0
+    weights[1234] = 0.5
+    token, ends = draw(weights, u), weights.double().cumsum(0) / weights.double().sum()
+    assert weights[token] > 0
+    assert float(ends[token]) - float(weights[token] / weights.sum()) - 1e-7 <= u <= float(ends[token]) + 1e-12
+    assert weights[draw(weights, 0.0)] > 0
+    last = draw(weights, 1.0 - 2.0**-53)
+    assert weights[last] > 0
+    assert float(ends[last]) >= 1.0 - 1e-12
+
+
 # ---------- logits processing ----------
 
 
