@@ -17,11 +17,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+DRAFTERS = ("<!-- drafters:begin -->", "<!-- drafters:end -->")
 NOTHING = "No results are recorded yet."
 
 
 def cell(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
+
+
+def method_cell(name: str) -> str:
+    """A method's name in a table: a bar would end the cell."""
+    return f"`{name.replace('|', chr(92) + '|')}`"
 
 
 def table(document: dict[str, Any], *, categories: bool) -> str:
@@ -36,7 +42,7 @@ def table(document: dict[str, Any], *, categories: bool) -> str:
         same = "" if row["num_identical"] is None else f"{row['num_identical']}/{row['num_prompts']}"
         cells = (
             row["category"],
-            f"`{row['method'].replace('|', chr(92) + '|')}`",
+            method_cell(row["method"]),
             cell(row["tokens_per_second"], "{:.1f}"),
             cell(row["speedup_vs_plain"], "{:.2f}x"),
             cell(row["acceptance_rate"], "{:.0%}"),
@@ -78,21 +84,76 @@ def sections(found: dict[str, dict[str, Any]], *, long: bool) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
-def filled(text: str, content: str) -> str:
+def drafter_sections() -> str:
+    """The tables of `benchmarks/drafters.py`: each drafter over all prompts, and its speed by category, for each temperature."""
+    path = RESULTS / "drafters.json"
+    document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not document.get("complete"):
+        return NOTHING
+    parts = []
+    for part in document["runs"]:
+        shown = heading("drafters", document | {"settings": {"sampling": part["sampling"]}, "results": part["results"]})
+        parts += [shown, drafter_table(part["results"]), category_table(part["results"])]
+    parts.insert(1, f"```\n{document['command']}\n```")
+    parts += [f"Not measured: `{name}` ({reason})" for name, reason in document["left_out"].items()]
+    return "\n\n".join(parts)
+
+
+def drafter_table(rows: list[dict[str, Any]]) -> str:
+    """A line for each drafter over all prompts."""
+    lines = [
+        "| drafter | tokens a round | draft ms a token | draft ms a round | tokens/s | against plain | same ids | MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["category"] == "all":
+            same = "" if row["num_identical"] is None else f"{row['num_identical']}/{row['num_prompts']}"
+            cells = (
+                method_cell(row["method"]),
+                cell(row["block_efficiency"], "{:.2f}"),
+                cell(row["draft_ms_per_token"], "{:.3f}"),
+                cell(row["draft_ms_per_round"], "{:.3f}"),
+                cell(row["tokens_per_second"], "{:.1f}"),
+                cell(row["speedup_vs_plain"], "{:.2f}x"),
+                same,
+                f"{row['memory_bytes'] / 1e6:.1f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def category_table(rows: list[dict[str, Any]]) -> str:
+    """Speed against plain decoding, a line for each drafter and a column for each category."""
+    speeds = {(row["method"], row["category"]): row["speedup_vs_plain"] for row in rows}
+    categories = [category for category in dict.fromkeys(category for _, category in speeds) if category != "all"]
+    lines = [f"| against plain | {' | '.join(categories)} |", "|---" * (len(categories) + 1) + "|"]
+    for method in dict.fromkeys(method for method, _ in speeds):
+        if method != "plain":
+            cells = [cell(speeds.get((method, category)), "{:.2f}") for category in categories]
+            lines.append(f"| {method_cell(method)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def filled(text: str, content: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
     """The page with the part between its markers replaced."""
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", flags=re.DOTALL)
+    begin, end = markers
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", flags=re.DOTALL)
     if not pattern.search(text):
-        raise SystemExit(f"a page lacks the markers {BEGIN} and {END}")
-    return pattern.sub(lambda _: f"{BEGIN}\n{content}\n{END}", text)
+        raise SystemExit(f"a page lacks the markers {begin} and {end}")
+    return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
 
 
 def main() -> int:
     found = documents()
-    pages = {ROOT / "README.md": False, ROOT / "docs" / "benchmarks.md": True}
+    parts = (
+        (ROOT / "README.md", (BEGIN, END), sections(found, long=False)),
+        (ROOT / "docs" / "benchmarks.md", (BEGIN, END), sections(found, long=True)),
+        (ROOT / "docs" / "drafting.md", DRAFTERS, drafter_sections()),
+    )
     stale = []
-    for page, long in pages.items():
+    for page, markers, content in parts:
         before = page.read_text(encoding="utf-8")
-        after = filled(before, sections(found, long=long))
+        after = filled(before, content, markers)
         if before != after:
             stale.append(page.name)
             if "--check" not in sys.argv[1:]:

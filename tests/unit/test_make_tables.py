@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,6 +63,28 @@ def test_benchmark_page_shows_every_result_with_its_command(script: ModuleType) 
     text = script.sections({"headline-cpu": document(), "other": document()}, long=True)
     assert text.count("paceline bench --methods plain,auto") == 2
     assert text.count("| chat | `plain` | 80.0 | 1.00x |  | 1.50 | 4/4 |") == 2
+
+
+def test_drafting_page_shows_what_each_drafter_costs(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    assert script.drafter_sections() == script.NOTHING
+    costs = {"draft_ms_per_token": 0.0123, "draft_ms_per_round": 0.05, "memory_bytes": 1_600_000}
+    found = document()
+    runs = [
+        {"sampling": {"temperature": t, "max_tokens": 64}, "results": [row | costs for row in found["results"]]} for t in (0.0, 1.0)
+    ]
+    whole = {key: found[key] for key in ("environment", "command", "complete")}
+    whole |= {"runs": runs, "left_out": {"rest": "needs a corpus"}}
+    (tmp_path / "drafters.json").write_text(json.dumps(whole))
+    text = script.drafter_sections()
+    assert text.count("| `auto` | 1.50 | 0.012 | 0.050 | 120.0 | 1.50x | 4/4 | 1.6 |") == 2
+    assert "greedy, at most 64 tokens" in text
+    assert "temperature 1, at most 64 tokens" in text
+    assert "| against plain | chat |\n|---|---|\n| `auto` | 1.50 |" in text
+    assert "Not measured: `rest` (needs a corpus)" in text
+    assert not script.documents()
+    (tmp_path / "drafters.json").write_text(json.dumps(whole | {"complete": False}))
+    assert script.drafter_sections() == script.NOTHING
 
 
 def test_only_the_part_between_the_markers_changes(script: ModuleType) -> None:

@@ -74,9 +74,14 @@ class MergedSession(DraftSession):
 
     def observe(self, verdict: Verdict | None, target_logits: torch.Tensor | None) -> None:
         if verdict is not None and target_logits is not None:
-            target_logits = target_logits[[0, *(node + 1 for node in verdict.path)]]
+            kept = [0, *(node + 1 for node in verdict.path)]
+            # Rows of the best path lie in front (`best_path_first`), where no copy is needed.
+            target_logits = target_logits[: len(kept)] if kept[-1] == len(kept) - 1 else target_logits[kept]
         for part, drafter in zip(self._parts, self._drafter.parts, strict=True):
             part.observe(None, target_logits if drafter.wants_logits else None)
+
+    def memory_bytes(self) -> int:
+        return sum(part.memory_bytes() for part in self._parts)
 
     def close(self) -> None:
         for part in self._parts:

@@ -6,6 +6,7 @@ occurrence, and the evidence that the controller wants (ours). Needs no model an
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec, DraftSession, KeepDrafting, SequenceView
@@ -16,6 +17,8 @@ from paceline.records import Draft, Outlook
 _LONGEST_EVIDENCE = 16
 """Tokens that are compared to tell how strong a match is."""
 _NOWHERE = (0, 0)
+_ENTRY_BYTES = 160
+"""About what a key and its two places take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +109,19 @@ class NgramSession(DraftSession):
             found = found[: next(i for i, token in enumerate(found) if token in self._view.end_ids) + 1]
         return found
 
+    def rewind(self, length: int) -> bool:
+        """The places before come back; of an n-gram that is withdrawn twice at once only if it is seen again."""
+        tokens, index = self._view.tokens, self._index
+        for end in range(self._indexed, max(length - 1, 0), -1):
+            for size in self._sizes:
+                gram = tuple(tokens[end - size : end]) if size <= end else ()
+                _, older = index.pop(gram, _NOWHERE)
+                if older:
+                    index[gram] = (older, 0)
+        self._indexed = min(self._indexed, max(length - 1, 0))
+        self._found_at = -1
+        return True
+
     def outlook(self, max_tokens: int) -> Outlook:
         self._find()
         if not self._start or max_tokens < 1:
@@ -117,3 +133,6 @@ class NgramSession(DraftSession):
         if not self._start or num_tokens < 1:
             return Draft((), drafter=self._name)
         return Draft(tuple(self._continuation(num_tokens)), drafter=self._name)
+
+    def memory_bytes(self) -> int:
+        return sys.getsizeof(self._index) + _ENTRY_BYTES * len(self._index)

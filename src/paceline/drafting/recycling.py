@@ -140,7 +140,7 @@ class RecyclingSession(DraftSession):
             drafter.template.learn(self._draft.parents, self._ranks, verdict)
         if target_logits is not None:
             rows = row_tokens(tokens, self._length, self._draft.tokens, verdict, len(target_logits))
-            best = top_tokens(target_logits[[row for row, _ in rows], : len(drafter.successors)], drafter.width)
+            best = top_tokens(target_logits[:, : len(drafter.successors)], drafter.width, [row for row, _ in rows])
             for (_, token), top in zip(rows, best, strict=True):
                 drafter.learn(token, top)
         self._length = len(tokens)

@@ -7,13 +7,13 @@ released code drafts an arbitrary token when nothing is found, this one drafts n
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec, DraftSession, KeepDrafting, SequenceView
 from paceline.drafting.corpus import DEPTH, Corpus
 from paceline.drafting.options import number, whole
-from paceline.drafting.suffix_index import Limits, Speculation, evidence, speculate
+from paceline.drafting.suffix_index import NOTHING, Limits, Speculation, agreement, signal, speculate
 from paceline.records import Draft, Outlook
 
 
@@ -46,7 +46,7 @@ class RestDrafter(Drafter):
         self.name = name
         self.corpus = corpus
         self.options = options or RestOptions()
-        self.limits = Limits(factor=0.0, offset=63.0, min_prob=self.options.min_prob, tree=tree)
+        self.limits = Limits(factor=0.0, offset=63.0, min_prob=self.options.min_prob, tree=tree, max_places=self.options.max_places)
 
     @classmethod
     def build(cls, spec: DrafterSpec, options: RestOptions, context: DrafterContext) -> RestDrafter:
@@ -65,7 +65,8 @@ class RestSession(DraftSession):
     def __init__(self, drafter: RestDrafter, view: SequenceView) -> None:
         self._drafter = drafter
         self._view = view
-        self._best = Speculation()
+        self._limits = replace(drafter.limits, end_ids=view.end_ids)
+        self._best = NOTHING
         self._key = (-1, -1)
 
     def _find(self, max_tokens: int) -> Speculation:
@@ -73,16 +74,16 @@ class RestSession(DraftSession):
         if length != len(self._view.tokens) or width < max_tokens:
             options = self._drafter.options
             tail = array("i", self._view.tokens[-DEPTH:])
-            limit = min(max_tokens, options.max_tokens) if not self._drafter.limits.tree else max_tokens
-            found = speculate(self._drafter.corpus, tail, options.max_places, self._drafter.limits, limit, self._view.end_ids)
-            self._best = found if found.matched >= options.min_match else Speculation()
+            limit = min(max_tokens, options.max_tokens) if not self._limits.tree else max_tokens
+            found = speculate(self._drafter.corpus, tail, self._limits, limit)
+            self._best = found if found.matched >= options.min_match else NOTHING
             self._key = (len(self._view.tokens), max_tokens)
         return self._best
 
     def outlook(self, max_tokens: int) -> Outlook:
         best = self._find(max_tokens)
         available = min(len(best.tokens), max_tokens)
-        return Outlook(self._drafter.name, available, evidence(best) if available else 0)
+        return Outlook(self._drafter.name, available, signal(best.matched, agreement(best)) if available else 0)
 
     def propose(self, num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
         return self._find(num_tokens).draft(num_tokens, self._drafter.name)

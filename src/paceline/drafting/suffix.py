@@ -1,19 +1,19 @@
 """SuffixDecoding: what followed the longest matching suffixes, in this text and in past outputs (2411.04975).
 
-Needs no model and no training. The draft's length adapts to the match: long matches propose more. Costs tens of microseconds
-a round. Statistics: `suffix_index`.
+Needs no model and no training. The draft's length adapts to the match: long matches propose more. Costs a few microseconds a round
+(`suffix_native`), some hundreds where nothing can be compiled (`suffix_index`, which defines the statistics).
 """
 
 from __future__ import annotations
 
 import threading
-from array import array
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec, DraftSession, KeepDrafting, SequenceView
 from paceline.drafting.options import number, whole
-from paceline.drafting.suffix_index import Limits, Speculation, SuffixIndex, evidence, speculate
+from paceline.drafting.suffix_index import Limits, TokenIndex
+from paceline.drafting.suffix_native import open_index
 from paceline.records import Draft, Outlook
 
 
@@ -31,14 +31,14 @@ class SuffixOptions:
     max_places: int = 16
     """Most earlier places that vote."""
     store_tokens: int = 500_000
-    """Tokens of past outputs that are kept, oldest requests dropped first; 0 keeps none. About 28 bytes each."""
+    """Tokens of past outputs that are kept, oldest requests dropped first; 0 keeps none. 16 to 28 bytes each."""
 
     def __post_init__(self) -> None:
         number("factor", self.factor, 0.1, 100.0)
         number("offset", self.offset, -64.0, 64.0)
         number("min_prob", self.min_prob, 0.0, 1.0)
         whole("max_match", self.max_match, 1, 1024)
-        whole("max_places", self.max_places, 1, 1024)
+        whole("max_places", self.max_places, 1, 64)
         whole("store_tokens", self.store_tokens, 0, 1 << 30)
 
 
@@ -47,7 +47,7 @@ class OutputStore:
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
-        self._index = SuffixIndex(table_bits=min(17, max(10, max_tokens.bit_length())))
+        self._index = open_index(table_bits=min(17, max(10, max_tokens.bit_length())))
         self._lock = threading.Lock()
 
     def add(self, tokens: Sequence[int]) -> None:
@@ -61,10 +61,10 @@ class OutputStore:
             if len(self._index) > self._max_tokens:
                 self._index.drop_to(self._max_tokens - self._max_tokens // 8)
 
-    def speculate(self, tail: array[int], places: int, limits: Limits, max_tokens: int, end_ids: Collection[int]) -> Speculation:
-        """The best proposal of the past outputs after `tail`."""
+    def look(self, text: TokenIndex, new: Sequence[int], limits: Limits, max_tokens: int) -> tuple[int, int]:
+        """`TokenIndex.look` of a text, with the past outputs."""
         with self._lock:
-            return speculate(self._index, tail, places, limits, max_tokens, end_ids)
+            return text.look(new, self._index, limits, max_tokens)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -82,7 +82,14 @@ class SuffixDrafter(Drafter):
     def __init__(self, options: SuffixOptions | None = None, name: str = "suffix", *, tree: bool = False) -> None:
         self.name = name
         self.options = options or SuffixOptions()
-        self.limits = Limits(factor=self.options.factor, offset=self.options.offset, min_prob=self.options.min_prob, tree=tree)
+        self.limits = Limits(
+            factor=self.options.factor,
+            offset=self.options.offset,
+            min_prob=self.options.min_prob,
+            tree=tree,
+            max_match=self.options.max_match,
+            max_places=self.options.max_places,
+        )
         self.store = OutputStore(self.options.store_tokens)
 
     @classmethod
@@ -103,36 +110,31 @@ class SuffixSession(DraftSession):
     """The index of one text, and the best proposal for its present end."""
 
     def __init__(self, drafter: SuffixDrafter, view: SequenceView) -> None:
-        self._drafter = drafter
+        self._name = drafter.name
+        self._store = drafter.store
+        self._limits = replace(drafter.limits, end_ids=view.end_ids)
         self._view = view
-        self._index = SuffixIndex()
-        self._best = Speculation()
-        self._key = (-1, -1)
+        self._index = open_index()
+        self._indexed = self._found = self._signal = 0
+        self._width = -1
 
-    def _find(self, max_tokens: int) -> Speculation:
-        """The best proposal of at most `max_tokens` tokens (the beginning of the one found for more tokens)."""
+    def _look(self, max_tokens: int) -> int:
+        """How many of at most `max_tokens` tokens are there (the beginning of what was found for more tokens)."""
         tokens = self._view.tokens
-        length, width = self._key
-        if length != len(tokens) or width < max_tokens:
-            self._index.extend(tokens[len(self._index) :])
-            self._best = self._search(max_tokens)
-            self._key = (len(tokens), max_tokens)
-        return self._best
-
-    def _search(self, max_tokens: int) -> Speculation:
-        options, limits, ends = self._drafter.options, self._drafter.limits, self._view.end_ids
-        tail = self._index.tokens[-options.max_match :]
-        # The text's own end is one of its places, with nothing behind it: that smooths estimates from few places.
-        own = speculate(self._index, tail, options.max_places, limits, max_tokens, ends)
-        if not len(self._drafter.store):
-            return own
-        past = self._drafter.store.speculate(tail, options.max_places, limits, max_tokens, ends)
-        return own if own.score >= past.score else past
+        length = len(tokens)
+        if length != self._indexed or self._width < max_tokens:
+            new = tokens[self._indexed :]
+            self._found, self._signal = self._store.look(self._index, new, self._limits, max_tokens)
+            self._indexed, self._width = length, max_tokens
+        return min(self._found, max_tokens)
 
     def outlook(self, max_tokens: int) -> Outlook:
-        best = self._find(max_tokens)
-        available = min(len(best.tokens), max_tokens)
-        return Outlook(self._drafter.name, available, evidence(best) if available else 0)
+        available = self._look(max_tokens)
+        return Outlook(self._name, available, self._signal if available else 0)
 
     def propose(self, num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
-        return self._find(num_tokens).draft(num_tokens, self._drafter.name)
+        available = self._look(num_tokens)
+        return self._index.proposal().draft(available, self._name)
+
+    def memory_bytes(self) -> int:
+        return self._index.memory_bytes()

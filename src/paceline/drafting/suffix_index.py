@@ -4,28 +4,36 @@ SuffixDecoding (2411.04975) keeps suffix trees with a count in each node. The co
 tokens occur; here those places themselves are found, through chains of equal n-grams as in deflate (RFC 1951), and counted
 when they are asked for. The statistics are the tree's, over at most `limit` places, the latest and longest matches first.
 Appending a token costs a few dictionary-free steps; memory is a few flat arrays; the oldest sequences can be dropped (ours).
+
+This is the readable reference, and what runs where nothing can be compiled; `suffix_native` does the same in microseconds.
 """
 
 from __future__ import annotations
 
 import heapq
+from abc import ABC, abstractmethod
 from array import array
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from paceline.drafting.evidence import SIGNALS, look_up_level
 from paceline.records import Draft
 
-SIZES = (6, 3, 1)
+SIZES = (6, 2, 1)
 """Lengths of the n-grams that are chained, longest first."""
 BREAK = -1
 """Ends a sequence; equals no token."""
+CONTESTED, AGREED = 0.45, 0.55
+"""Shares of the places that follow the first token: below the one they contradict each other, above the other they agree."""
+MOST_TOKENS = 64
+"""Longest proposal, whatever is asked for."""
 Tokens = Sequence[int]
+Same = TypeVar("Same", bound="TokenIndex")
 _BLOCK = 8
-_CONTESTED, _AGREED = 0.45, 0.55
+_FACTOR, _WORD = 0x9E3779B97F4A7C15, (1 << 64) - 1
 
 
 class Place(NamedTuple):
@@ -35,8 +43,7 @@ class Place(NamedTuple):
     start: int
 
 
-@dataclass(frozen=True, slots=True)
-class Speculation:
+class Speculation(NamedTuple):
     """A proposed chain or tree with its estimates."""
 
     tokens: tuple[int, ...] = ()
@@ -52,6 +59,27 @@ class Speculation:
         """The first `num_tokens` tokens as a point-mass draft."""
         parents = self.parents[:num_tokens] if self.parents is not None else None
         return Draft(self.tokens[:num_tokens], parents, confidences=self.confidences[:num_tokens], drafter=name)
+
+
+NOTHING = Speculation()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How far a speculation goes, as in the released SuffixDecoding."""
+
+    factor: float = 1.0
+    """A match of m tokens may propose floor(factor * m + offset) tokens."""
+    offset: float = 0.0
+    min_prob: float = 0.1
+    """Least estimated probability of a path."""
+    tree: bool = False
+    max_match: int = 64
+    """Longest end of a text that is compared."""
+    max_places: int = 16
+    """Most places that vote (at most 64 in C)."""
+    end_ids: frozenset[int] = frozenset()
+    """Tokens that nothing follows."""
 
 
 class PlaceSource(Protocol):
@@ -70,8 +98,53 @@ class PlaceSource(Protocol):
         ...
 
 
-class SuffixIndex:
-    """Token sequences that can be asked where they contain the end of a text. Not thread-safe."""
+class TokenIndex(ABC):
+    """Token sequences, and what they propose after the end of a text. Not thread-safe."""
+
+    _proposal: Speculation = NOTHING
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Tokens that it holds, ends of sequences included."""
+
+    @abstractmethod
+    def extend(self, new: Sequence[int]) -> None:
+        """Append tokens to the last sequence."""
+
+    @abstractmethod
+    def end_sequence(self) -> None:
+        """What follows belongs to another sequence."""
+
+    @abstractmethod
+    def drop_to(self, num_tokens: int) -> None:
+        """Forget whole sequences, oldest first, until at most `num_tokens` tokens are left (or one sequence)."""
+
+    def look(self: Same, new: Sequence[int], past: Same, limits: Limits, max_tokens: int) -> tuple[int, int]:
+        """Append tokens to this text, and search it and then `past` for what follows: how many tokens, and the signal (0: none).
+
+        `proposal` has them.
+        """
+        self.extend(new)
+        # The text's own end is one of its places, with nothing behind it: that smooths estimates from few places.
+        own = self.search(self, limits, max_tokens)
+        self._proposal = found = past.search(self, limits, max_tokens, own)
+        return len(found.tokens), signal(found.matched, agreement(found)) if found.tokens else 0
+
+    def proposal(self) -> Speculation:
+        """What the last `look` found."""
+        return self._proposal
+
+    @abstractmethod
+    def search(self: Same, text: Same, limits: Limits, max_tokens: int, best: Speculation = NOTHING) -> Speculation:
+        """The best-scored proposal after the end of `text` (this index or another of its kind); `best` if none beats that one."""
+
+    @abstractmethod
+    def memory_bytes(self) -> int:
+        """Bytes that are held."""
+
+
+class SuffixIndex(TokenIndex):
+    """The index in plain Python."""
 
     def __init__(self, table_bits: int = 13) -> None:
         """table_bits: the chains' heads take 2^table_bits * 24 bytes; collisions only cost time."""
@@ -91,7 +164,6 @@ class SuffixIndex:
         return len(self._tokens)
 
     def extend(self, new: Sequence[int]) -> None:
-        """Append tokens to the last sequence."""
         tokens, base, mask, start = self._tokens, self._base, self._mask, self._starts[-1]
         chains = list(zip(SIZES, self._heads, self._links, strict=True))
         for token in new:
@@ -101,19 +173,17 @@ class SuffixIndex:
                 if size > end + base - start:
                     links.append(-1)
                     continue
-                key = hash(tuple(tokens[end - size :])) & mask
+                key = bucket(tokens[end - size :], mask)
                 links.append(heads[key])
                 heads[key] = end + base
 
     def end_sequence(self) -> None:
-        """What follows belongs to another sequence."""
         self._tokens.append(BREAK)
         for links in self._links:
             links.append(-1)
         self._starts.append(len(self._tokens) + self._base)
 
     def drop_to(self, num_tokens: int) -> None:
-        """Forget whole sequences, oldest first, until at most `num_tokens` tokens are left (or one sequence)."""
         while len(self._starts) > 1 and self._base + len(self._tokens) - self._starts[0] > num_tokens:
             self._starts.popleft()
         excess = self._starts[0] - self._base
@@ -133,7 +203,7 @@ class SuffixIndex:
             if size > len(tail):
                 continue
             places = []
-            at = heads[hash(tuple(tail[-size:])) & self._mask] - self._base
+            at = heads[bucket(tail[-size:], self._mask)] - self._base
             steps = 2 * limit
             while at > 0 and steps and len(found) < limit:
                 if at not in found:
@@ -158,112 +228,122 @@ class SuffixIndex:
             matched += 1
         return matched
 
+    def search(self, text: SuffixIndex, limits: Limits, max_tokens: int, best: Speculation = NOTHING) -> Speculation:
+        return speculate(self, text.tokens[-limits.max_match :], limits, max_tokens, best, grows=text is self)
+
     def memory_bytes(self) -> int:
-        """Bytes of the arrays."""
         return sum(a.itemsize * len(a) for a in (self._tokens, *self._heads, *self._links))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """How far a speculation goes, as in the released SuffixDecoding."""
-
-    factor: float = 1.0
-    """A match of m tokens may propose floor(factor * m + offset) tokens."""
-    offset: float = 0.0
-    min_prob: float = 0.1
-    """Least estimated probability of a path."""
-    tree: bool = False
+def bucket(gram: Sequence[int], mask: int) -> int:
+    """Hash of an n-gram."""
+    value = 0
+    for token in gram:
+        value = value * _FACTOR + token + 1 & _WORD
+    return (value ^ value >> 32) & mask
 
 
 def speculate(
-    index: PlaceSource, tail: array[int], max_places: int, limits: Limits, max_tokens: int, end_ids: Collection[int] = ()
+    source: PlaceSource,
+    tail: array[int],
+    limits: Limits,
+    max_tokens: int,
+    best: Speculation = NOTHING,
+    *,
+    grows: bool = False,
 ) -> Speculation:
     """The proposal after `tail` with the highest score over all match lengths; ties go to the longer match (2411.04975, section 4).
 
     A proposal of a shorter match scores at most its own budget, so the search ends where no budget exceeds the best score.
+    best: the proposal to beat; it is returned if nothing does. grows: the source is the text itself, so that behind its end stands
+    what is being proposed, and a period repeats (ours).
     """
-    best = Speculation()
     starts: list[int] = []
     walk = tree_walk if limits.tree else path_walk
-    for places in index.places(tail, max_places):
+    most = min(max_tokens, MOST_TOKENS)
+    for places in source.places(tail, limits.max_places):
         for i, (matched, start) in enumerate(places):
             starts.append(start)
             if i + 1 < len(places) and places[i + 1].matched == matched:
                 continue  # not yet all places that agree in this many tokens
-            budget = min(max_tokens, int(matched * limits.factor + limits.offset + 1e-6))
+            budget = min(most, int(matched * limits.factor + limits.offset + 1e-6))
             if budget <= best.score:
                 return best
-            found = walk(index.tokens, starts, budget, limits.min_prob, end_ids, matched)
+            found = walk(source.tokens, starts, budget, limits, matched, grows)
             if found.score > best.score:
                 best = found
     return best
 
 
-def followers(tokens: Tokens, starts: Sequence[int]) -> dict[int, list[int]]:
-    """Tokens that stand at `starts`, with the places behind each; the first-named places decide the order."""
+def followers(tokens: Tokens, starts: Sequence[int], beyond: Sequence[int] = ()) -> dict[int, list[int]]:
+    """Tokens that stand at `starts`, with the places behind each; the first-named places decide the order.
+
+    beyond: tokens behind the end of `tokens`.
+    """
     groups: dict[int, list[int]] = {}
-    end = len(tokens)
+    end, last = len(tokens), len(tokens) + len(beyond)
     for at in starts:
-        token = tokens[at] if at < end else BREAK
+        token = tokens[at] if at < end else beyond[at - end] if at < last else BREAK
         if token != BREAK:
             groups.setdefault(token, []).append(at + 1)
     return groups
 
 
-def path_walk(
-    tokens: Tokens, starts: Sequence[int], budget: int, min_prob: float, end_ids: Collection[int], matched: int
-) -> Speculation:
+def path_walk(tokens: Tokens, starts: Sequence[int], budget: int, limits: Limits, matched: int, grows: bool) -> Speculation:
     """Follow the most frequent token from step to step."""
     chain: list[int] = []
     confidences: list[float] = []
     path_prob, score = 1.0, 0.0
     while len(chain) < budget:
-        groups = followers(tokens, starts)
+        groups = followers(tokens, starts, chain if grows else ())
         if not groups:
             break
         token = max(groups, key=lambda t: len(groups[t]))
         share = len(groups[token]) / len(starts)
         path_prob *= share
-        if path_prob < min_prob:
+        if path_prob < limits.min_prob:
             break
         chain.append(token)
         confidences.append(share)
         score += path_prob
-        if token in end_ids:
+        if token in limits.end_ids:
             break
         starts = groups[token]
     return Speculation(tuple(chain), None, tuple(confidences), score, matched)
 
 
-def tree_walk(
-    tokens: Tokens, starts: Sequence[int], budget: int, min_prob: float, end_ids: Collection[int], matched: int
-) -> Speculation:
+def tree_walk(tokens: Tokens, starts: Sequence[int], budget: int, limits: Limits, matched: int, grows: bool) -> Speculation:
     """Emit the most probable paths first, whatever their parents."""
     drafted: list[int] = []
     parents: list[int] = []
     confidences: list[float] = []
     score = 0.0
-    heap: list[tuple[float, int, float, int, int, list[int]]] = []
+    heap: list[tuple[float, int, float, int, Sequence[int], list[int]]] = []
 
-    def push(parent: int, path_prob: float, starts: Sequence[int]) -> None:
-        for token, behind in followers(tokens, starts).items():
+    def push(parent: int, path_prob: float, path: Sequence[int], starts: Sequence[int]) -> None:
+        for token, behind in followers(tokens, starts, path if grows else ()).items():
             share = len(behind) / len(starts)
-            if path_prob * share >= min_prob:
-                heapq.heappush(heap, (-path_prob * share, parent, share, token, len(heap), behind))
+            if path_prob * share >= limits.min_prob:
+                heapq.heappush(heap, (-path_prob * share, parent, share, token, path, behind))
 
-    push(-1, 1.0, starts)
+    push(-1, 1.0, (), starts)
     while heap and len(drafted) < budget:
-        negative, parent, share, token, _, behind = heapq.heappop(heap)
+        negative, parent, share, token, path, behind = heapq.heappop(heap)
         drafted.append(token)
         parents.append(parent)
         confidences.append(share)
         score -= negative
-        if token not in end_ids:
-            push(len(drafted) - 1, -negative, behind)
+        if token not in limits.end_ids:
+            push(len(drafted) - 1, -negative, (*path, token), behind)
     return Speculation(tuple(drafted), tuple(parents), tuple(confidences), score, matched)
 
 
-def evidence(found: Speculation) -> int:
-    """Signal of a proposal. A single place shares its vote with the text's own end, which gives one half."""
+def agreement(found: Speculation) -> int:
+    """Whether the places agree on the first token: 1, they do not: -1, or 0: a single place, whose vote the text's end halves."""
     share = found.confidences[0]
-    return SIGNALS[look_up_level(found.matched, (share > _AGREED) - (share < _CONTESTED))]
+    return (share > AGREED) - (share < CONTESTED)
+
+
+def signal(matched: int, agrees: int) -> int:
+    """Evidence of a proposal after `matched` tokens, as `Outlook.signal` carries it."""
+    return SIGNALS[look_up_level(matched, agrees)]

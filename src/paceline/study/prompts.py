@@ -1,4 +1,4 @@
-"""Prompt sets: JSONL files in the shapes of Spec-Bench, HumanEval and GSM8K, our own, and a small built-in set."""
+"""Prompt sets: JSONL files in the shapes of Spec-Bench, HumanEval and GSM8K, our own, and two that come with the package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from typing import Any
 from paceline.errors import OptionError, PromptError
 
 BUILT_IN = "builtin"
-"""Name of the prompt set that comes with the package."""
+"""24 prompts of six kinds."""
+AGENT = "agent"
+"""Repeated requests as agents make them: edits of one file, JSON of one shape, a message quoted again and again."""
+SETS = (BUILT_IN, AGENT)
+"""Names of the prompt sets that come with the package; any other name is a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,7 @@ class BenchPrompt:
 
 
 def load_prompts(source: str, *, limit: int | None = None) -> list[BenchPrompt]:
-    """Prompts of a JSONL file, or of the built-in set when `source` is `builtin`.
+    """Prompts of a JSONL file, or of a set that comes with the package (`builtin`, `agent`).
 
     A line is an object with `turns` (Spec-Bench: the first turn counts), `question` (GSM8K) or `prompt` (HumanEval, ours), and
     perhaps `category`; a file without categories is one category, named after the file.
@@ -35,8 +39,8 @@ def load_prompts(source: str, *, limit: int | None = None) -> list[BenchPrompt]:
     """
     if limit is not None and limit < 1:
         raise OptionError(f"limit = {limit}: must be a whole number >= 1")
-    if source == BUILT_IN:
-        text, name = files("paceline.study").joinpath("prompts", "builtin.jsonl").read_text(encoding="utf-8"), BUILT_IN
+    if source in SETS:
+        text, name = files("paceline.study").joinpath("prompts", f"{source}.jsonl").read_text(encoding="utf-8"), source
     else:
         text, name = _read(Path(source)), Path(source).stem
     prompts = [_parse(line, number, source, name) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
@@ -49,7 +53,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise PromptError(f"prompts {str(path)!r}: {error.strerror}; give a JSONL file, or `{BUILT_IN}`") from None
+        raise PromptError(f"prompts {str(path)!r}: {error.strerror}; give a JSONL file, or one of {', '.join(SETS)}") from None
     except UnicodeDecodeError as error:
         raise PromptError(f"prompts {str(path)!r}: not UTF-8 at byte {error.start}; convert the file first") from None
 

@@ -52,3 +52,15 @@ def test_only_drafters_that_choose_their_tokens_can_be_merged() -> None:
     for part in ("stand", "model", "nothing"):
         with pytest.raises(OptionError, match="cannot merge"):
             create(f"merged:ngram|{part}", {}, CONTEXT)
+
+
+def test_memory_is_that_of_the_parts() -> None:
+    drafter, view = create("merged:ngram|suffix", {}, CONTEXT), make_view([1, 2, 3, 1, 2])
+    parts = [create(name, {}, CONTEXT) for name in ("ngram", "suffix")]
+    sessions = [part.open(view) for part in (drafter, *parts)]
+    for session in sessions:
+        session.outlook(4)
+    together, *alone = (session.memory_bytes() for session in sessions)
+    assert all(alone)
+    assert together == sum(alone)
+    assert drafter.memory_bytes() == sum(part.memory_bytes() for part in parts) > 0

@@ -85,6 +85,8 @@ def test_evidence_grows_with_the_lead_of_the_best_successor() -> None:
 def test_top_tokens_are_in_order() -> None:
     logits = torch.tensor([[0.5, 3.0, -1.0, 2.0]])
     assert top_tokens(logits, 3) == [TopTokens((1, 3, 0), (3.0, 2.0, 0.5))]
+    both = torch.cat([logits, -logits])
+    assert top_tokens(both, 3, [1, 0]) == [*top_tokens(-logits, 3), *top_tokens(logits, 3)]
     assert logits[0, 1] == 3.0
 
 

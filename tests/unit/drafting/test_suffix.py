@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 
 from paceline.drafting.registry import parse_spec
 from paceline.drafting.suffix import OutputStore, SuffixDrafter, SuffixOptions
-from paceline.drafting.suffix_index import Limits, Place, Speculation, SuffixIndex, followers, path_walk, speculate
+from paceline.drafting.suffix_index import (
+    Limits,
+    Place,
+    Speculation,
+    SuffixIndex,
+    followers,
+    path_walk,
+    speculate,
+)
+from paceline.drafting.suffix_native import open_index
 from paceline.records import DraftFeatures
 from toys import make_view
 
@@ -33,7 +43,13 @@ def index_of(*sequences: list[int]) -> SuffixIndex:
 
 
 def ask(index: SuffixIndex, context: list[int], limits: Limits, max_tokens: int = 5) -> Speculation:
-    return speculate(index, array("i", context), 100, limits, max_tokens)
+    return speculate(index, array("i", context), replace(limits, max_places=100), max_tokens)
+
+
+def ask_store(store: OutputStore, context: list[int]) -> tuple[int, ...]:
+    text = open_index()
+    store.look(text, context, Limits(factor=2.0), 4)
+    return text.proposal().tokens
 
 
 def all_places(index: SuffixIndex, context: list[int]) -> list[Place]:
@@ -121,7 +137,7 @@ def test_estimates_equal_counting_from_the_definition(sequences: list[list[int]]
         assert sum(p.matched >= size for p in places) == occurrences
     if longest:
         starts = [p.start for p in places if p.matched == longest]
-        found = path_walk(index.tokens, starts, 5, 0.1, (), longest)
+        found = path_walk(index.tokens, starts, 5, Limits(), longest, grows=False)
         naive = naive_path(sequences, context, longest, 5)
         assert np.cumprod(found.confidences)[: len(naive)].tolist() == pytest.approx(naive)
 
@@ -164,6 +180,13 @@ def test_nothing_follows_an_end_token() -> None:
         assert session.propose(8, always).tokens == (0,)
 
 
+def test_a_period_goes_on_beyond_the_end_of_the_text() -> None:
+    text = [9, 1, 2, 3, 1, 2, 3, 1, 2, 3]
+    for tree in (False, True):
+        session = SuffixDrafter(SuffixOptions(factor=4.0, min_prob=0.0), tree=tree).open(make_view(text))
+        assert session.propose(10, always).tokens == (1, 2, 3, 1, 2, 3, 1, 2, 3, 1)
+
+
 def test_evidence_grows_with_match_and_agreement() -> None:
     text = [10, 11, 12, 13, 14, 15, 16, 17, 18, 50]
     signals = []
@@ -179,13 +202,11 @@ def test_evidence_grows_with_match_and_agreement() -> None:
 
 def test_store_drops_the_oldest_requests_and_stays_within_its_bound() -> None:
     store = OutputStore(100)
-    limits = Limits(factor=2.0)
     for request in range(50):
         store.add([1000 + request, 2000 + request, *range(request, request + 10)])
         assert len(store) <= 100
-    tail = array("i", [1049, 2049])
-    assert store.speculate(tail, 8, limits, 4, ()).tokens == (49, 50, 51, 52)
-    assert store.speculate(array("i", [1000, 2000]), 8, limits, 4, ()).tokens == ()
+    assert ask_store(store, [1049, 2049]) == (49, 50, 51, 52)
+    assert ask_store(store, [1000, 2000]) == ()
     bytes_now = store.memory_bytes()
     for request in range(50):
         store.add(list(range(request, request + 12)))
@@ -195,8 +216,8 @@ def test_store_drops_the_oldest_requests_and_stays_within_its_bound() -> None:
 def test_an_output_longer_than_the_store_keeps_its_end() -> None:
     store = OutputStore(16)
     store.add(list(range(20)))
-    assert store.speculate(array("i", [17, 18]), 8, Limits(factor=2.0), 4, ()).tokens == (19,)
-    assert store.speculate(array("i", [3, 4]), 8, Limits(factor=2.0), 4, ()).tokens == ()
+    assert ask_store(store, [17, 18]) == (19,)
+    assert ask_store(store, [3, 4]) == ()
 
 
 def test_a_store_of_no_tokens_keeps_nothing() -> None:
@@ -214,7 +235,7 @@ def test_store_survives_many_threads() -> None:
         try:
             for _ in range(60):
                 store.add(rng.integers(0, 6, 20).tolist())
-                store.speculate(array("i", rng.integers(0, 6, 10).tolist()), 16, Limits(), 8, ())
+                ask_store(store, rng.integers(0, 6, 10).tolist())
         except BaseException as error:
             failures.append(error)
 
@@ -229,3 +250,16 @@ def test_store_survives_many_threads() -> None:
 
 def test_the_tree_form_is_registered() -> None:
     assert parse_spec("suffix+tree, ngram") == ["suffix+tree", "ngram"]
+
+
+def test_memory_of_a_text_and_of_the_store_is_reported() -> None:
+    drafter = SuffixDrafter()
+    empty = drafter.memory_bytes()
+    session = drafter.open(make_view([]))
+    before = session.memory_bytes()
+    view = make_view(list(range(3000)))
+    longer = drafter.open(view)
+    longer.outlook(4)
+    assert longer.memory_bytes() >= before + 16 * 3000
+    drafter.finish_request(view.tokens, num_prompt=0)
+    assert drafter.memory_bytes() >= empty + 16 * 3000

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from paceline.errors import OptionError, PromptError
-from paceline.study.prompts import BUILT_IN, BenchPrompt, load_prompts
+from paceline.study.prompts import AGENT, BUILT_IN, BenchPrompt, load_prompts
 
 
 def write(tmp_path: Path, *lines: object) -> str:
@@ -42,6 +42,16 @@ def test_built_in_set_has_four_prompts_in_each_of_six_categories() -> None:
         ("summarise", "rewrite", "code edit", "json", "chat", "maths"), 4
     )
     assert len({prompt.text for prompt in prompts}) == len(prompts)
+
+
+def test_agent_set_repeats_its_material_in_three_categories() -> None:
+    prompts = load_prompts(AGENT)
+    assert Counter(prompt.category for prompt in prompts) == {"edit": 15, "json": 10, "quote": 6}
+    assert len({prompt.text for prompt in prompts}) == len(prompts)
+    for category in ("edit", "json", "quote"):
+        texts = [prompt.text for prompt in prompts if prompt.category == category]
+        lines = Counter(line for text in texts for line in set(text.splitlines()) if len(line) > 20)
+        assert sum(count > 4 for count in lines.values()) >= 4
 
 
 @pytest.mark.parametrize(

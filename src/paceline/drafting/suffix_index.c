@@ -1,0 +1,336 @@
+// The index and search of suffix_index.py once more, compiled: the same places, shares and scores. That file is the reference; read
+// it first. Nothing here is thread-safe. Every function is short, so callers keep the interpreter's lock.
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { ABI = 1, SIZES = 3, BREAK = -1, MOST_PLACES = 64, MOST_TOKENS = 64 };
+static const int32_t GRAM[SIZES] = {6, 2, 1};
+
+typedef struct {
+    int32_t token;
+    int32_t link[SIZES];  // the place before this one in the chain of the n-grams that end here; 0 ends a chain
+} Entry;
+
+typedef struct {
+    Entry *entries;
+    int32_t *starts;       // where each sequence begins, oldest first
+    int32_t *heads;        // SIZES tables of mask + 1 places: position behind the latest n-gram of a bucket, 0 for none
+    int64_t length, capacity, num_starts, start_capacity;
+    uint64_t mask;
+} Index;
+
+typedef struct {
+    double factor, offset, min_prob, contested, agreed;
+    const int32_t *end_ids;
+    int32_t num_end_ids, max_match, max_places, tree;
+} Query;
+
+typedef struct {
+    double confidences[MOST_TOKENS], score;
+    int32_t tokens[MOST_TOKENS], parents[MOST_TOKENS];
+    int32_t count, matched;
+} Found;
+
+typedef struct { int32_t matched, start; } Place;
+
+int paceline_suffix_abi(void) { return ABI; }
+
+static uint64_t bucket(const Entry *entry, int32_t size, uint64_t mask) {
+    uint64_t hash = 0;
+    for (int32_t i = 0; i < size; i++) hash = hash * 0x9E3779B97F4A7C15u + (uint64_t)(entry[i].token + 1);
+    return (hash ^ hash >> 32) & mask;
+}
+
+// ---------- the index ----------
+
+void paceline_suffix_close(Index *index) {
+    free(index->entries);
+    free(index->starts);
+    free(index->heads);
+    free(index);
+}
+
+Index *paceline_suffix_open(int table_bits) {
+    Index *index = calloc(1, sizeof *index);
+    if (!index) return NULL;
+    index->mask = ((uint64_t)1 << table_bits) - 1;
+    index->heads = calloc(SIZES * (index->mask + 1), sizeof *index->heads);
+    index->starts = calloc(1, sizeof *index->starts);
+    index->num_starts = index->start_capacity = 1;
+    if (!index->heads || !index->starts) {
+        paceline_suffix_close(index);
+        return NULL;
+    }
+    return index;
+}
+
+int64_t paceline_suffix_length(const Index *index) { return index->length; }
+
+int64_t paceline_suffix_bytes(const Index *index) {
+    return index->capacity * (int64_t)sizeof(Entry) + index->start_capacity * (int64_t)sizeof(int32_t)
+           + SIZES * (int64_t)(index->mask + 1) * (int64_t)sizeof(int32_t) + (int64_t)sizeof *index;
+}
+
+static int reserve(Index *index, int64_t wanted) {
+    if (wanted <= index->capacity) return 1;
+    int64_t capacity = index->capacity + index->capacity / 4 + 256;
+    if (capacity < wanted) capacity = wanted;
+    Entry *grown = realloc(index->entries, (size_t)capacity * sizeof(Entry));
+    if (!grown) return 0;
+    index->entries = grown;
+    index->capacity = capacity;
+    return 1;
+}
+
+// Appends to the last sequence; 0 when memory ran out.
+int paceline_suffix_extend(Index *index, const int32_t *tokens, int64_t count) {
+    if (!reserve(index, index->length + count)) return 0;
+    int64_t start = index->starts[index->num_starts - 1];
+    for (int64_t i = 0; i < count; i++) {
+        Entry *entry = &index->entries[index->length++];
+        entry->token = tokens[i];
+        for (int s = 0; s < SIZES; s++) {
+            entry->link[s] = 0;
+            if (GRAM[s] > index->length - start) continue;
+            int32_t *head = &index->heads[s * (index->mask + 1) + bucket(entry + 1 - GRAM[s], GRAM[s], index->mask)];
+            entry->link[s] = *head;
+            *head = (int32_t)index->length;
+        }
+    }
+    return 1;
+}
+
+// What follows belongs to another sequence; 0 when memory ran out.
+int paceline_suffix_end_sequence(Index *index) {
+    if (index->num_starts == index->start_capacity) {
+        int64_t capacity = 2 * index->start_capacity;
+        int32_t *grown = realloc(index->starts, (size_t)capacity * sizeof *grown);
+        if (!grown) return 0;
+        index->starts = grown;
+        index->start_capacity = capacity;
+    }
+    if (!reserve(index, index->length + 1)) return 0;
+    index->entries[index->length++] = (Entry){.token = BREAK};
+    index->starts[index->num_starts++] = (int32_t)index->length;
+    return 1;
+}
+
+static void shift(int32_t *place, int32_t excess) { *place = *place > excess ? *place - excess : 0; }
+
+// Forgets whole sequences, oldest first, until at most `num_tokens` are left or one sequence.
+void paceline_suffix_drop_to(Index *index, int64_t num_tokens) {
+    int64_t dropped = 0;
+    while (dropped + 1 < index->num_starts && index->length - index->starts[dropped] > num_tokens) dropped++;
+    int32_t excess = index->starts[dropped];
+    index->length -= excess;
+    index->num_starts -= dropped;
+    memmove(index->entries, index->entries + excess, (size_t)index->length * sizeof(Entry));
+    memmove(index->starts, index->starts + dropped, (size_t)index->num_starts * sizeof *index->starts);
+    for (int64_t i = 0; i < index->num_starts; i++) index->starts[i] -= excess;
+    for (uint64_t i = 0; i < SIZES * (index->mask + 1); i++) shift(&index->heads[i], excess);
+    for (int64_t i = 0; i < index->length; i++)
+        for (int s = 0; s < SIZES; s++) shift(&index->entries[i].link[s], excess);
+}
+
+// ---------- places ----------
+
+// How many tokens before position `at` agree with the end of a text.
+static int32_t agreement(const Index *index, int32_t at, const Entry *text_end, int32_t longest) {
+    int32_t matched = 0;
+    if (longest > at) longest = at;
+    while (matched < longest && index->entries[at - 1 - matched].token == text_end[-1 - matched].token) matched++;
+    return matched;
+}
+
+// Appends the new places of one size of n-gram, longest matches first; returns their number.
+static int find_places(const Index *index, int s, const Entry *text_end, int32_t tail, int32_t limit, Place *places, int known) {
+    if (GRAM[s] > tail) return 0;
+    int found = 0;
+    int32_t at = index->heads[s * (index->mask + 1) + bucket(text_end - GRAM[s], GRAM[s], index->mask)];
+    for (int32_t steps = 2 * limit; at > 0 && steps && known + found < limit; steps--) {
+        int seen = 0;
+        for (int i = 0; i < known + found && !seen; i++) seen = places[i].start == at;
+        if (!seen) {
+            int32_t matched = agreement(index, at, text_end, tail);
+            if (matched >= GRAM[s]) {  // else a collision of hashes
+                int slot = known + found++;
+                for (; slot > known && places[slot - 1].matched < matched; slot--) places[slot] = places[slot - 1];
+                places[slot] = (Place){matched, at};
+            }
+        }
+        at = index->entries[at - 1].link[s];
+    }
+    return found;
+}
+
+// ---------- walks ----------
+
+typedef struct { int32_t token, count; } Group;
+
+typedef struct {
+    const Index *index;
+    const Query *query;
+    Found *found;
+    int32_t at[MOST_PLACES];     // where each place has come to
+    int32_t owner[MOST_PLACES];  // the node, by its number of creation, whose path the place agrees with; 0 is the root
+    int32_t places, budget, grows;
+} Walk;
+
+// The token that a place of the path to node `leaf`, which is `depth` deep, has come to.
+static int32_t token_at(const Walk *walk, int place, int32_t leaf, int32_t depth) {
+    int64_t beyond = walk->at[place] - walk->index->length;
+    if (beyond < 0) return walk->index->entries[walk->at[place]].token;
+    if (!walk->grows || beyond >= depth) return BREAK;
+    for (; depth > beyond + 1; depth--) leaf = walk->found->parents[leaf];
+    return walk->found->tokens[leaf];
+}
+
+// Groups the places of `owner` by the token they have come to, in order of first appearance; returns the number of groups.
+static int group(const Walk *walk, int32_t owner, int32_t leaf, int32_t depth, Group *groups) {
+    int count = 0;
+    for (int i = 0; i < walk->places; i++) {
+        int32_t token = walk->owner[i] == owner ? token_at(walk, i, leaf, depth) : BREAK;
+        if (token == BREAK) continue;
+        int g = 0;
+        while (g < count && groups[g].token != token) g++;
+        if (g == count) groups[count++] = (Group){token, 0};
+        groups[g].count++;
+    }
+    return count;
+}
+
+// Moves the places of `owner` that continue with `token` one on and gives them to `heir`; the others are left behind.
+static void advance(Walk *walk, int32_t owner, int32_t leaf, int32_t depth, int32_t token, int32_t heir) {
+    for (int i = 0; i < walk->places; i++)
+        if (walk->owner[i] == owner && token_at(walk, i, leaf, depth) == token) {
+            walk->at[i]++;
+            walk->owner[i] = heir;
+        }
+}
+
+static int is_end(const Query *query, int32_t token) {
+    for (int32_t i = 0; i < query->num_end_ids; i++)
+        if (query->end_ids[i] == token) return 1;
+    return 0;
+}
+
+static void emit(Found *found, int32_t token, int32_t parent, double share, double path) {
+    found->tokens[found->count] = token;
+    found->parents[found->count] = parent;
+    found->confidences[found->count++] = share;
+    found->score += path;
+}
+
+// Follow the most frequent token from step to step.
+static void path_walk(Walk *walk) {
+    Group groups[MOST_PLACES];
+    Found *found = walk->found;
+    int32_t alive = walk->places;
+    double path = 1.0;
+    while (found->count < walk->budget) {
+        int32_t depth = found->count, leaf = depth - 1;
+        int count = group(walk, depth, leaf, depth, groups), best = 0;
+        if (!count) break;
+        for (int g = 1; g < count; g++)
+            if (groups[g].count > groups[best].count) best = g;
+        double share = (double)groups[best].count / alive;
+        path *= share;
+        if (path < walk->query->min_prob) break;
+        advance(walk, depth, leaf, depth, groups[best].token, depth + 1);
+        emit(found, groups[best].token, leaf, share, path);
+        if (is_end(walk->query, groups[best].token)) break;
+        alive = groups[best].count;
+    }
+}
+
+typedef struct { double path, share; int32_t parent, token, owner, places, depth; } Node;
+
+static int before(const Node *a, const Node *b) {
+    if (a->path != b->path) return a->path > b->path;
+    if (a->parent != b->parent) return a->parent < b->parent;
+    if (a->share != b->share) return a->share < b->share;
+    return a->token < b->token;
+}
+
+// Emit the most probable paths first. Waiting nodes own disjoint places, so there are at most MOST_PLACES of them.
+static void tree_walk(Walk *walk) {
+    Group groups[MOST_PLACES];
+    Node waiting[MOST_PLACES];
+    Found *found = walk->found;
+    int count = 0;
+    int32_t owners = 0;
+    Node from = {.path = 1.0, .parent = -1, .token = BREAK, .places = walk->places};
+    for (;;) {
+        int32_t leaf = found->count - 1;
+        int num_groups = is_end(walk->query, from.token) ? 0 : group(walk, from.owner, leaf, from.depth, groups);
+        for (int g = 0; g < num_groups; g++) {
+            double share = (double)groups[g].count / from.places, path = from.path * share;
+            if (path < walk->query->min_prob) continue;
+            advance(walk, from.owner, leaf, from.depth, groups[g].token, ++owners);
+            waiting[count++] = (Node){path, share, leaf, groups[g].token, owners, groups[g].count, from.depth + 1};
+        }
+        if (!count || found->count >= walk->budget) return;
+        int best = 0;
+        for (int i = 1; i < count; i++)
+            if (before(&waiting[i], &waiting[best])) best = i;
+        from = waiting[best];
+        waiting[best] = waiting[--count];
+        emit(found, from.token, from.parent, from.share, from.path);
+    }
+}
+
+// ---------- the search ----------
+
+static int budget_of(const Query *query, int32_t matched, int max_tokens) {
+    double allowed = matched * query->factor + query->offset + 1e-6;
+    if (max_tokens > MOST_TOKENS) max_tokens = MOST_TOKENS;
+    return allowed < max_tokens ? (int)allowed : max_tokens;
+}
+
+// The proposal of `index` after the end of `text` that scores above `to_beat`: 1 and `found`, or 0.
+int paceline_suffix_search(const Index *index, const Index *text, const Query *query, int max_tokens, double to_beat, Found *found) {
+    Place places[MOST_PLACES];
+    Found trial;
+    Walk walk = {.index = index, .query = query, .found = &trial, .grows = index == text};
+    int known = 0, better = 0;
+    int32_t tail = text->length < query->max_match ? (int32_t)text->length : query->max_match;
+    const Entry *text_end = text->entries + text->length;
+    for (int s = 0; s < SIZES; s++) {
+        int last = known + find_places(index, s, text_end, tail, query->max_places, places, known);
+        for (int i = known; i < last; i++) {
+            if (i + 1 < last && places[i + 1].matched == places[i].matched) continue;
+            walk.budget = budget_of(query, places[i].matched, max_tokens);
+            if (walk.budget <= to_beat) return better;
+            walk.places = i + 1;
+            for (int j = 0; j <= i; j++) {
+                walk.at[j] = places[j].start;
+                walk.owner[j] = 0;
+            }
+            trial.count = 0;
+            trial.score = 0.0;
+            (query->tree ? tree_walk : path_walk)(&walk);
+            if (trial.score <= to_beat) continue;
+            trial.matched = places[i].matched;
+            *found = trial;
+            to_beat = trial.score;
+            better = 1;
+        }
+        known = last;
+    }
+    return better;
+}
+
+// Appends tokens to `text`, and searches it and then `past`. Returns -1 when memory ran out, 0 for no proposal, else the number of
+// tokens in bits 0-7, in bits 8-9 one more than whether the places agree on the first token, and above the tokens that matched.
+int paceline_suffix_look(Index *text, const int32_t *tokens, int64_t count, const Index *past, const Query *query, int max_tokens,
+                         Found *found) {
+    found->count = 0;
+    found->score = 0.0;
+    if (!paceline_suffix_extend(text, tokens, count)) return -1;
+    paceline_suffix_search(text, text, query, max_tokens, 0.0, found);
+    paceline_suffix_search(past, text, query, max_tokens, found->score, found);
+    if (!found->count) return 0;
+    int agrees = (found->confidences[0] > query->agreed) - (found->confidences[0] < query->contested);
+    return found->count | (agrees + 1) << 8 | found->matched << 10;
+}
