@@ -1,106 +1,142 @@
-"""Self-drafts on a tiny model with the compiled kernels: the target's cache serves, and comes back as it was."""
+"""All self-drafts on a tiny model: the text is the target's own, and the target's cache comes back as it was."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from paceline.config import SamplingParams
-from paceline.control import registry as controllers
-from paceline.costs import CostTable
 from paceline.drafting import registry
-from paceline.drafting.base import Drafter, DrafterContext
-from paceline.drafting.self_draft import EarlyExitDrafter
-from paceline.engine import Engine
+from paceline.drafting.base import DrafterContext
 from paceline.errors import OptionError
-from paceline.execution.base import Runner, Segment, prefill
-from paceline.execution.native import build
-from paceline.execution.native.runner import NativeRunner
-from toys import ToyRunner, make_view, random_language
-from unit.execution.toy_sources import CONFIGS, EXTRA_CONFIGS, ToySource
+from paceline.execution.base import Segment, prefill
+from toys import ToyRunner, random_language
+from unit.drafting.self_kit import BACKENDS, COMPILED, PROMPT, all_of, generate, in_cache, make, marginals_are_the_targets, target
 
-pytestmark = pytest.mark.skipif(isinstance(build.load_library(), str), reason=str(build.load_library()))
-EXTRA_CONFIGS["self_draft"] = {**CONFIGS["llama"], "head_dim": 16, "num_hidden_layers": 6, "max_position_embeddings": 512}
-PROMPT = [5, 9, 2, 7, 1, 8, 8, 3]
-
-
-@lru_cache
-def target() -> NativeRunner:
-    return NativeRunner(ToySource("self_draft"), "fp32")
-
-
-def open_self(precision: str) -> Runner:
-    return NativeRunner(ToySource("self_draft"), precision)
+SETTINGS: dict[str, tuple[str, dict[str, object]]] = {
+    "quantized_self": ("quantized_self", {}),
+    "dynamic_precision": ("dynamic_precision", {}),
+    "early_exit": ("early_exit", {"calibrate": True}),
+    "early_exit_of_several": ("early_exit", {"exits": (1, 3, 5), "threshold": 0.3}),
+    "layer_skip": ("layer_skip", {}),
+    "swift": ("swift", {"window": 4, "share": 0.9}),
+    "sparse_ends": ("sparse_kv", {"budget": 6, "refresh": 5, "least_context": 4}),
+    "sparse_attended": ("sparse_kv", {"choose": "attended", "budget": 6, "queries": 3, "refresh": 5, "least_context": 4}),
+    "sparse_spread": ("sparse_kv", {"choose": "spread", "budget": 6, "queries": 3, "refresh": 5, "least_context": 4}),
+}
+IN_THE_TARGETS_CACHE = [name for name in SETTINGS if name not in ("quantized_self", "dynamic_precision")]
 
 
-def make(name: str, **options: object) -> Drafter:
-    context = DrafterContext(vocab_size=97, max_context=512, open_self=open_self, target=target())
-    return registry.create(name, dict(options), context)
-
-
-def answer(drafter: Drafter | None, **params: object) -> tuple[int, ...]:
-    costs = CostTable([1, 9], [1], [[1e-3, 1.2e-3]])
-    engine = Engine(
-        target(),
-        costs=costs,
-        controller=controllers.create("fixed", costs, {"num_draft": 4}),
-        drafters=[] if drafter is None else [drafter],
-    )
-    return engine.generate(PROMPT, SamplingParams(**{"max_tokens": 30, **params})).token_ids  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", ["quantized_self", "early_exit", "layer_skip"])
-def test_the_text_is_the_targets_own(name: str) -> None:
-    assert answer(make(name)) == answer(None)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_text_is_the_targets_own(name: str, backend: str) -> None:
+    kind, options = SETTINGS[name]
+    drafter = make(kind, backend, **options)
+    drafted = generate(drafter, backend)
+    assert drafted.token_ids == generate(None, backend).token_ids
+    assert drafted.num_drafted > 0
     seeded = {"temperature": 1.0, "seed": 4}
-    assert answer(make(name), **seeded) == answer(None, **seeded)
+    assert generate(drafter, backend, **seeded).token_ids == generate(None, backend, **seeded).token_ids
 
 
-@pytest.mark.parametrize("name", ["early_exit", "layer_skip"])
-def test_the_targets_cache_is_given_back_as_it_was(name: str) -> None:
-    run = target()
-    sequence = run.open()
-    prefill(run, sequence, PROMPT[:-1])
-    before = run.forward([Segment(sequence, PROMPT[-1:])]).logits.clone()
-    view = make_view(PROMPT)
-    view.sequence = sequence
-    draft = make(name).open(view).propose(5, lambda _: True)
-    assert len(draft) == 5
-    assert sequence.length == len(PROMPT) - 1
-    assert torch.equal(run.forward([Segment(sequence, PROMPT[-1:])]).logits, before)
+@COMPILED
+@pytest.mark.parametrize("name", SETTINGS)
+def test_sampled_text_follows_the_targets_distribution(name: str) -> None:
+    kind, options = SETTINGS[name]
+    assert marginals_are_the_targets(make(kind, name="self_draft_small", **options))
 
 
-def test_an_exit_after_the_first_layer_drafts_what_those_layers_say() -> None:
-    run = target()
-    sequence = run.open()
-    prefill(run, sequence, PROMPT[:-1])
-    want = int(run.forward_part([Segment(sequence, PROMPT[-1:])], layers=1).logits.argmax())
-    view = make_view(PROMPT)
-    view.sequence = sequence
-    assert make("early_exit", layer=1).open(view).propose(1, lambda _: True).tokens == (want,)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", IN_THE_TARGETS_CACHE)
+def test_the_targets_cache_is_given_back_as_it_was(name: str, backend: str) -> None:
+    kind, options = SETTINGS[name]
+    run, view = target(backend), in_cache(backend)
+    assert view.sequence is not None
+    before = run.forward([Segment(view.sequence, PROMPT[-1:])]).logits.clone()
+    assert len(all_of(make(kind, backend, **options).open(view), 5)) == 5
+    assert view.sequence.length == len(PROMPT) - 1
+    assert torch.equal(run.forward([Segment(view.sequence, PROMPT[-1:])]).logits, before)
 
 
+@COMPILED
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_after_any_rounds_the_cache_equals_one_built_afresh(data: st.DataObject) -> None:
+    """Rounds of drafts of several kinds, each kept up to any token and followed by any other."""
+    run, view = target(), in_cache()
+    sequence = view.sequence
+    assert sequence is not None
+    names = data.draw(st.lists(st.sampled_from(IN_THE_TARGETS_CACHE), min_size=1, max_size=3, unique=True))
+    sessions = [make(SETTINGS[name][0], **SETTINGS[name][1]).open(view) for name in names]
+    for _ in range(data.draw(st.integers(1, 5))):
+        session = data.draw(st.sampled_from(sessions))
+        session.outlook(4)
+        draft = all_of(session, data.draw(st.integers(1, 4)))
+        run.forward([Segment(sequence, (view.tokens[-1], *draft.tokens))])
+        kept = data.draw(st.integers(0, len(draft)))
+        run.accept(sequence, range(kept + 1))
+        view.tokens += [*draft.tokens[:kept], data.draw(st.integers(0, 96))]
+    fresh = run.open()
+    prefill(run, fresh, view.tokens[:-1])
+    logits = [run.forward([Segment(cache, view.tokens[-1:])]).logits.clone() for cache in (sequence, fresh)]
+    assert torch.equal(*logits)
+
+
+def test_several_sequences_at_once_are_as_alone() -> None:
+    for name in ("swift", "sparse_attended", "early_exit_of_several"):
+        kind, options = SETTINGS[name]
+        prompts = [PROMPT, PROMPT[::-1], [4, 4, 9]]
+        together = generate(make(kind, "lean", **options), "lean", prompts)  # type: ignore[arg-type]
+        assert [r.token_ids for r in together] == [generate(None, "lean", prompt).token_ids for prompt in prompts]  # type: ignore[attr-defined]
+
+
+@COMPILED
+def test_layers_that_are_left_out_are_left_out() -> None:
+    view = in_cache()
+    assert view.sequence is not None
+    skip = bytes([0, 0, 3, 0, 3, 0])
+    want = int(target().forward_part([Segment(view.sequence, PROMPT[-1:])], skip=skip).logits.argmax())
+    assert all_of(make("layer_skip", skip=(2, 4)).open(view), 1).tokens == (want,)
+
+
+@COMPILED
+def test_parts_of_both_backends_agree() -> None:
+    skip = bytes([0, 1, 2, 3, 0, 0])
+    logits = []
+    for backend in ("native", "lean"):
+        view = in_cache(backend)
+        assert view.sequence is not None
+        segment = [Segment(view.sequence, PROMPT[-1:])]
+        logits.append([target(backend).forward_part(segment, layers=n, skip=s).logits.clone() for n, s in ((4, skip), (2, None))])
+    for native, lean in zip(*logits, strict=True):
+        torch.testing.assert_close(native, lean, rtol=1e-4, atol=1e-4)
+
+
+@COMPILED
 def test_a_rounded_copy_agrees_more_often_in_more_bits() -> None:
-    def accepted(precision: str) -> float:
-        costs = CostTable([1, 9], [1], [[1e-3, 1.2e-3]])
-        controller = controllers.create("fixed", costs, {"num_draft": 4})
-        engine = Engine(target(), costs=costs, controller=controller, drafters=[make("quantized_self", precision=precision)])
-        return engine.generate(PROMPT, SamplingParams(max_tokens=60)).acceptance_rate or 0.0
-
-    assert accepted("int8") > 0.6
-    assert accepted("int8") >= accepted("int4")
+    rates = [generate(make("quantized_self", precision=p), max_tokens=60).acceptance_rate or 0.0 for p in ("int8", "int4")]
+    assert rates[0] > 0.6
+    assert rates[0] >= rates[1]
 
 
 @pytest.mark.parametrize(
     ("build_it", "message"),
     [
-        (lambda: make("early_exit", layer=6), "has 6 layers"),
-        (lambda: make("layer_skip", skip=(0,)), "inner layers"),
-        (lambda: make("quantized_self", precision="fp32"), "would save nothing"),
-        (lambda: make("quantized_self", precision="int2"), "choose one of"),
+        (lambda: make("early_exit", "lean", layer=6), "has 6 layers"),
+        (lambda: make("early_exit", "lean", exits=(2, 1)), "must increase"),
+        (lambda: make("early_exit", "lean", exits=(1, 2), layer=2), "left out"),
+        (lambda: make("layer_skip", "lean", skip=(0,)), "inner layers"),
+        (lambda: make("quantized_self", "lean", precision="fp32"), "would save nothing"),
+        (lambda: make("quantized_self", "lean", precision="int2"), "choose one of"),
+        (lambda: make("dynamic_precision", "lean", bits=3.0), "bits"),
+        (lambda: make("dynamic_precision", "lean", narrow="int8"), "more bits"),
+        (lambda: make("dynamic_precision", "lean", narrow="bf16", wide="fp32", bits=40), "bits"),
+        (lambda: make("sparse_kv", "lean", choose="best"), "choose one of"),
+        (lambda: make("sparse_kv", "lean", choose="attended", budget=8), "under budget"),
+        (lambda: make("swift", "lean", share=2.0), "share"),
         (lambda: registry.create("early_exit", {}, DrafterContext(vocab_size=9, max_context=9)), "no target"),
     ],
 )
@@ -109,7 +145,8 @@ def test_settings_that_make_no_sense_are_refused(build_it: Callable[[], object],
         build_it()
 
 
-def test_a_backend_that_runs_whole_models_only_is_named() -> None:
-    whole = ToyRunner(random_language(9), 9)
+@pytest.mark.parametrize("kind", ["early_exit", "layer_skip", "swift", "sparse_kv"])
+def test_a_backend_that_cannot_serve_is_named_with_one_that_can(kind: str) -> None:
+    context = DrafterContext(vocab_size=9, max_context=9, target=ToyRunner(random_language(9), 9))
     with pytest.raises(OptionError, match="backend = 'native'"):
-        EarlyExitDrafter(whole, "early_exit", layers=1)
+        registry.create(kind, {}, context)
