@@ -1,0 +1,525 @@
+"""Drafters for drafters: exact at every level, caches that follow, and the borders of context and text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paceline.config import SamplingParams
+from paceline.control.base import Controller, RoundContext
+from paceline.costs import CostTable, DraftCost
+from paceline.drafting import choice, hierarchy, level
+from paceline.drafting.base import Drafter, DrafterContext
+from paceline.drafting.hierarchy import CascadeDrafter, CascadeOptions
+from paceline.drafting.model import ModelDrafter
+from paceline.drafting.ngram import NgramDrafter
+from paceline.drafting.registry import create, parse_spec
+from paceline.errors import OptionError
+from paceline.records import Draft, DraftFeatures, Plan, StepRecord
+from paceline.sampling import Purpose, SampledRows
+from paceline.verification import block
+from paceline.verification.registry import choose_rule
+from toys import Language, ToyRunner, make_view, next_token_language, noisy_language, random_language, speculate_toy, table_language
+from unit.verification.exact import Branch, Coin, Law, branching_draw, extend, outcomes, target_law, total_variation
+
+VOCAB = 5
+SPECS = {
+    1: ("cascade:ngram>model:0.4", "cascade:model:0.9>model:0.4", "cascade:suffix+tree>model:0.4", "cascade:stand>model:0.4"),
+    2: (
+        "cascade:ngram>model:0.9>model:0.4",
+        "cascade:model:0.9+tree>model:0.7>model:0.4",
+        "cascade:stand+tree>model:0.9>model:0.4",
+    ),
+    3: ("cascade:token_recycling>model:1.2>model:0.9>model:0.4", "cascade:model:1.5>model:1.2>model:0.9>model:0.4"),
+}
+"""By depth; a model's name is the noise between it and the target."""
+
+
+def always(_: DraftFeatures) -> bool:
+    return True
+
+
+def make(spec: str, target: Language, vocab: int = VOCAB, *, max_context: int = 512, **options: object) -> CascadeDrafter:
+    def open_model(noise: str) -> ToyRunner:
+        # Noises of their own: along one direction a level lies between its neighbours, and some rejections never happen.
+        return ToyRunner(noisy_language(target, float(noise), seed=round(10 * float(noise))), vocab, max_context=max_context)
+
+    context = DrafterContext(vocab_size=vocab, max_context=512, open_model=open_model)
+    made = create(spec, {"controller": "fixed", **options}, context)
+    assert isinstance(made, CascadeDrafter)
+    return made
+
+
+def greedy_text(language: Language, tokens: Sequence[int], count: int) -> list[int]:
+    text = list(tokens)
+    for _ in range(count):
+        text.append(int(np.argmax(language(tuple(text)))))
+    return text[len(tokens) :]
+
+
+# ---------- exactness ----------
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    depth=st.integers(1, 3),
+    pick=st.integers(0, 3),
+    num_draft=st.integers(1, 9),
+    below=st.integers(1, 5),
+)
+def test_greedy_text_is_the_targets_at_any_depth(seed: int, depth: int, pick: int, num_draft: int, below: int) -> None:
+    target = random_language(VOCAB, order=3, seed=seed)
+    specs = SPECS[depth]
+    drafter = make(specs[pick % len(specs)], target, num_draft=below)
+    prompt = np.random.default_rng(seed).integers(0, VOCAB, 8).tolist()
+    assert speculate_toy(ToyRunner(target, VOCAB), drafter, make_view(prompt), 30, num_draft) == greedy_text(target, prompt, 30)
+    assert drafter.runner.open_sequences == 0  # type: ignore[attr-defined]
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), depth=st.integers(1, 3), pick=st.integers(0, 3), num_draft=st.integers(1, 9))
+def test_seeded_text_does_not_depend_on_the_levels(seed: int, depth: int, pick: int, num_draft: int) -> None:
+    target = random_language(VOCAB, order=2, seed=seed, scale=1.5)
+    specs = SPECS[depth]
+    sampling = SamplingParams(temperature=1.0, seed=seed)
+    prompt = [0, 1, 2, 3, 0, 1]
+    texts = [
+        speculate_toy(
+            ToyRunner(target, VOCAB),
+            make(specs[pick % len(specs)], target),
+            make_view(prompt, sampling=sampling, seed=seed, coupled=True),
+            25,
+            length,
+        )
+        for length in (0, num_draft)
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "controller"),
+    [("cascade:stand>model:0.9>model:0.4", "fixed"), ("cascade:ngram>model:1.2>model:0.9>model:0.4", "pacer")],
+)
+def test_sampled_text_follows_the_targets_distribution(spec: str, controller: str) -> None:
+    vocab, samples = 3, 300
+    target = random_language(vocab, order=2, seed=7, scale=1.0)
+    drafter = make(spec, target, vocab, controller=controller)
+    counts: Counter[tuple[int, ...]] = Counter()
+    for seed in range(samples):
+        view = make_view([0, 1, 2, 0, 1], sampling=SamplingParams(temperature=1.0), seed=seed)
+        counts[tuple(speculate_toy(ToyRunner(target, vocab), drafter, view, 3, 3))] += 1
+    exact = target_law(lambda tail: torch.softmax(torch.from_numpy(target((0, 1, *tail))), dim=-1), 3)
+    observed = [counts[tail] for tail in exact]
+    assert scipy.stats.chisquare(observed, [samples * p for p in exact.values()]).pvalue > 1e-6
+
+
+class BranchRandom:
+    """Stands in for `CounterRandom`: a number is a coin of the running branch, the same one whenever its key returns."""
+
+    branch: Branch
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def uniform(self, position: int, purpose: Purpose, index: int = 0) -> Coin:
+        return self.branch.uniform(1000 * (self.seed + 1) + position, purpose, index)
+
+
+class CountedSeeds:
+    """Stands in for `CounterRandom` where seeds are renewed: a seed of its own for each (seed, position)."""
+
+    known: ClassVar[dict[tuple[int, int], int]] = {}
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def uniform(self, position: int, purpose: Purpose) -> float:
+        assert purpose == Purpose.DRAFT
+        return self.known.setdefault((self._seed, position), len(self.known) + 1) / 2.0**53
+
+
+@pytest.fixture
+def enumerated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every random number of a hierarchy becomes a coin with all its outcomes."""
+    for module in (level, choice):
+        monkeypatch.setattr(module, "CounterRandom", BranchRandom)
+    monkeypatch.setattr(choice, "draw", branching_draw)
+    monkeypatch.setattr(hierarchy, "CounterRandom", CountedSeeds)
+
+
+PROMPT = (0, 1)
+
+
+def law_of_text(drafter: Drafter, target: Language, length: int, num_draft: int) -> Law:
+    """Law of the first `length` tokens of a text that the hierarchy drafted, over as many rounds as that takes."""
+    sampling = SamplingParams(temperature=1.0)
+
+    def run(branch: Branch) -> tuple[int, tuple[int, ...]]:
+        BranchRandom.branch = branch
+        view = make_view(PROMPT, sampling=sampling)
+        session = drafter.open(view)
+        while len(view.tokens) < len(PROMPT) + length:
+            draft = session.propose(num_draft, always)
+            path = tuple(view.tokens)
+            logits = [torch.from_numpy(target(path + draft.tokens[:j])).float() for j in range(len(draft) + 1)]
+            rows = SampledRows(torch.stack(logits), sampling, view.tokens, len(PROMPT), draft)
+            rule = choose_rule("auto", sampling, draft, seeded=False)
+            verdict = rule.verify(rows, draft, branch, len(view.tokens))  # type: ignore[arg-type]
+            view.tokens += verdict.emitted
+        session.close()
+        return 0, tuple(view.tokens[len(PROMPT) : len(PROMPT) + length])
+
+    return extend(outcomes(run), rows_of(target), length)
+
+
+def rows_of(language: Language):  # type: ignore[no-untyped-def]
+    return lambda prefix: torch.softmax(torch.from_numpy(language(PROMPT + prefix)), dim=-1)
+
+
+def chain(depth: int, vocab: int, seed: int) -> tuple[Language, CascadeDrafter]:
+    """A target and a hierarchy of `depth` verifying levels over a sampled model, all unlike."""
+    target = random_language(vocab, order=None, seed=seed, scale=1.0)
+    spec = "cascade:" + ">".join(f"model:{0.6 * (depth - i) + 0.8}" for i in range(depth + 1))
+    return target, make(spec, target, vocab, num_draft=2)
+
+
+@pytest.mark.usefixtures("enumerated")
+@pytest.mark.parametrize(("depth", "num_draft", "length"), [(1, 2, 3), (1, 3, 2), (2, 2, 2), (3, 2, 2)])
+def test_the_law_of_the_text_is_the_targets_by_enumeration(depth: int, num_draft: int, length: int) -> None:
+    for seed in range(1 if num_draft > 2 else 2):
+        target, drafter = chain(depth, 2, seed)
+        law = law_of_text(drafter, target, length, num_draft)
+        assert sum(law.values()) == pytest.approx(1.0, abs=1e-6)
+        assert total_variation(law, target_law(rows_of(target), length)) < 1e-6
+
+
+@pytest.mark.usefixtures("enumerated")
+def test_numbers_that_return_after_a_rejection_would_bias_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter = chain(1, 2, 0)
+    monkeypatch.setattr(hierarchy.CascadeSession, "_renew_seed", lambda self: None)
+    assert total_variation(law_of_text(drafter, target, 2, 3), target_law(rows_of(target), 2)) > 1e-4
+
+
+def law_of_draft(drafter: Drafter, length: int, num_draft: int, own: Language) -> Law:
+    """Law of the first `length` drafted tokens; the level's model goes on where a draft is shorter."""
+
+    def run(branch: Branch) -> tuple[int, tuple[int, ...]]:
+        BranchRandom.branch = branch
+        session = drafter.open(make_view(PROMPT, sampling=SamplingParams(temperature=1.0)))
+        draft = session.propose(num_draft, always)
+        session.close()
+        assert draft.draft_probs is not None
+        for j, row in enumerate(draft.draft_probs):
+            assert torch.allclose(row.double(), rows_of(own)(draft.tokens[:j]), atol=1e-6)
+        return 0, draft.tokens
+
+    return extend(outcomes(run), rows_of(own), length)
+
+
+@pytest.mark.usefixtures("enumerated")
+@pytest.mark.parametrize(("depth", "num_draft"), [(1, 3), (2, 2)])
+def test_drafted_tokens_follow_the_upper_models_law_and_rows_by_enumeration(depth: int, num_draft: int) -> None:
+    for seed in range(2):
+        _, drafter = chain(depth, 3 - depth // 2, seed)
+        own = drafter.runner.language  # type: ignore[attr-defined]
+        assert total_variation(law_of_draft(drafter, num_draft, num_draft, own), target_law(rows_of(own), num_draft)) < 1e-6
+
+
+@pytest.mark.usefixtures("enumerated")
+def test_replacements_come_from_the_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    # drafting.md 3.3: drawn from the whole distribution instead, the law would be (.14, .28, .32, .26)
+    upper, lower = [0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]
+    runners = [ToyRunner(table_language(dict.fromkeys(range(4), row)), 4) for row in (upper, lower)]
+    drafter = CascadeDrafter(
+        ModelDrafter(runners[0]), ModelDrafter(runners[1]), options=CascadeOptions(controller="fixed", num_draft=1)
+    )
+    one = law_of_draft(drafter, 1, 2, runners[0].language)
+    assert [one[(token,)] for token in range(4)] == pytest.approx(upper, abs=1e-6)
+
+    def from_the_whole(rest: object, mass: float, probs: torch.Tensor, random: Branch, position: int) -> int:
+        return branching_draw(probs, random.uniform(position, Purpose.RESIDUAL))
+
+    monkeypatch.setattr(block, "draw_recovered", from_the_whole)
+    trapped = law_of_draft(drafter, 1, 2, runners[0].language)
+    assert [trapped[(token,)] for token in range(4)] == pytest.approx([0.14, 0.28, 0.32, 0.26], abs=1e-6)
+
+
+@pytest.mark.parametrize("lower", ["model:0.9", "stand"])
+def test_sampling_drafters_read_the_seed_anew(lower: str) -> None:
+    target = random_language(64, order=1, scale=0.1)
+    context = DrafterContext(vocab_size=64, max_context=64, open_model=lambda _: ToyRunner(target, 64))
+    view = make_view([1, 2, 3], sampling=SamplingParams(temperature=1.0))
+    drafter = create(lower, {"min_context": 1} if lower == "stand" else {}, context)
+    session = drafter.open(view)
+    if drafter.wants_logits:
+        view.tokens += [2]
+        session.observe(None, torch.from_numpy(np.stack([target((3,))])).float())
+        view.tokens[-1] = 3
+    drafts = set()
+    for seed in range(8):
+        view.seed = seed
+        drafts.add(session.propose(1, always).tokens)
+    assert len(drafts) > 1
+
+
+# ---------- caches and stores ----------
+
+
+@pytest.mark.parametrize("spec", [spec for specs in SPECS.values() for spec in specs])
+def test_drafts_are_the_upper_models_own_text_after_any_acceptance(spec: str) -> None:
+    # A language of the whole prefix: any token that is missing from, or stale in, a cache changes the draft.
+    target = random_language(VOCAB, order=None, seed=3)
+    drafter = make(spec, target, num_draft=3)
+    own = drafter.runner.language  # type: ignore[attr-defined]
+    rng = np.random.default_rng(0)
+    view = make_view([1, 2, 3])
+    session = drafter.open(view)
+    for _ in range(40):
+        kind = rng.integers(4)
+        if kind == 0:  # a round in which another drafter, or none, ran
+            view.tokens += rng.integers(0, VOCAB, int(rng.integers(1, 6))).tolist()
+            session.observe(None, None)
+            continue
+        num_tokens = int(rng.integers(1, 8))
+        draft = session.propose(num_tokens, always)
+        assert 1 <= len(draft) <= num_tokens
+        assert list(draft.tokens) == greedy_text(own, view.tokens, len(draft))
+        accepted = len(draft) if kind == 1 else int(rng.integers(0, len(draft) + 1))
+        view.tokens += [*draft.tokens[:accepted], int(rng.integers(VOCAB))]
+    session.close()
+    runner = drafter.runner
+    assert isinstance(runner, ToyRunner)
+    assert runner.open_sequences == 0
+
+
+def test_a_rewound_look_up_proposes_as_before() -> None:
+    view = make_view([1, 2, 3, 9, 8, 1, 2])
+    session = NgramDrafter().open(view)
+    before = session.propose(4, always)
+    assert before.tokens == (3, 9, 8, 1)
+    for withdrawn in ([3, 5], [7, 1, 2], [0], [3, 9, 8, 1, 2]):
+        view.tokens += withdrawn
+        session.outlook(4)
+        assert session.rewind(7)
+        del view.tokens[7:]
+        assert (session.propose(4, always), session.outlook(4)) == (before, NgramDrafter().open(view).outlook(4))
+
+
+def test_a_fully_kept_draft_is_not_fed_again() -> None:
+    language = next_token_language(VOCAB, lambda tokens: (tokens[-1] + 1) % VOCAB)
+    runner = ToyRunner(language, VOCAB)
+    drafter = CascadeDrafter(
+        ModelDrafter(runner), ModelDrafter(ToyRunner(language, VOCAB)), options=CascadeOptions(controller="fixed")
+    )
+    view = make_view([0, 1, 2])
+    session = drafter.open(view)
+    draft = session.propose(6, always)
+    view.tokens += [*draft.tokens, (draft.tokens[-1] + 1) % VOCAB]
+    assert session.outlook(6).catch_up == 1  # the last drafted token; the pending one is always fed
+    runner.fed.clear()
+    session.propose(1, always)
+    assert runner.fed == [view.tokens[-2:]]
+
+
+def test_a_good_lower_draft_saves_passes_and_a_hopeless_one_costs_none_more() -> None:
+    language = next_token_language(VOCAB, lambda tokens: (tokens[-1] + 1) % VOCAB)
+    wrong = next_token_language(VOCAB, lambda tokens: (tokens[-1] + 2) % VOCAB)
+    passes = []
+    for lower in (language, wrong):
+        runner = ToyRunner(language, VOCAB)
+        drafter = CascadeDrafter(
+            ModelDrafter(runner), ModelDrafter(ToyRunner(lower, VOCAB)), options=CascadeOptions(controller="fixed", num_draft=3)
+        )
+        draft = drafter.open(make_view([0, 1, 2, 3])).propose(9, always)
+        assert len(draft) == 8  # the last place is not worth a pass
+        passes.append(runner.forwards)
+    assert passes == [2, 8]
+
+
+def test_drafters_that_learn_from_rows_learn_the_upper_models() -> None:
+    target = random_language(VOCAB, order=1, seed=2)
+    drafter = make("cascade:token_recycling>model:0", target)
+    own = drafter.runner.language  # type: ignore[union-attr]
+    view = make_view([0, 1, 2])
+    session = drafter.open(view)
+    for bonus in range(VOCAB):
+        view.tokens += [*session.propose(6, always).tokens, bonus]
+        session.observe(None, None)
+    known = drafter.lower.successors  # type: ignore[attr-defined]
+    assert [known[token, 0] for token in range(VOCAB)] == [int(np.argmax(own((token,)))) for token in range(VOCAB)]
+
+
+# ---------- control ----------
+
+
+class Scripted(Controller):
+    """Plans given lengths, and keeps what it is told."""
+
+    def __init__(self, *lengths: int) -> None:
+        self.lengths = list(lengths)
+        self.contexts: list[RoundContext] = []
+        self.records: list[StepRecord] = []
+        self.finished: list[int] = []
+
+    def plan(self, context: RoundContext) -> Plan:
+        self.contexts.append(context)
+        length = min(self.lengths.pop(0), context.max_draft, context.outlooks[0].available)
+        return Plan(context.outlooks[0].drafter if length else None, length)
+
+    def observe(self, record: StepRecord) -> None:
+        self.records.append(record)
+
+    def finish(self, request_id: int) -> None:
+        self.finished.append(request_id)
+
+
+def test_a_levels_controller_may_leave_out_its_lower_draft() -> None:
+    language = next_token_language(VOCAB, lambda tokens: (tokens[-1] + 1) % VOCAB)
+    drafter = CascadeDrafter(ModelDrafter(ToyRunner(language, VOCAB)), ModelDrafter(ToyRunner(language, VOCAB)))
+    drafter.controller = script = Scripted(0, 2, 0, 0)
+    session = drafter.open(make_view([0, 1, 2], request_id=7))
+    draft = session.propose(6, always)
+    session.close()
+    assert draft.tokens == (3, 4, 0, 1, 2, 3)
+    assert [(r.drafter, r.num_drafted, r.num_accepted, r.num_emitted) for r in script.records] == [
+        (None, 0, 0, 1),
+        ("model", 2, 2, 3),
+        (None, 0, 0, 1),
+        (None, 0, 0, 1),
+    ]
+    assert [context.max_draft for context in script.contexts] == [5, 4, 1]  # a last single place is the upper model's own
+    assert script.finished == [7]
+
+
+def test_a_stop_from_above_ends_the_draft_after_the_running_round() -> None:
+    language = next_token_language(VOCAB, lambda tokens: (tokens[-1] + 1) % VOCAB)
+    drafter = CascadeDrafter(ModelDrafter(ToyRunner(language, VOCAB)), ModelDrafter(ToyRunner(language, VOCAB)))
+    drafter.controller = Scripted(2, 2, 2)
+    asked: list[int] = []
+
+    def stop_at_two(features: DraftFeatures) -> bool:
+        asked.append(features.position)
+        assert features.max_prob == pytest.approx(1.0)
+        return features.position != 2
+
+    draft = drafter.open(make_view([0, 1])).propose(12, stop_at_two)
+    assert len(draft) == 3  # kept: it was drawn when the answer came
+    assert asked == [1, 2, 3]
+    assert len(draft.confidences) == 3
+
+
+def test_the_pacer_of_a_level_gets_the_measured_costs() -> None:
+    seen: list[tuple[str, str]] = []
+
+    def level_costs(upper: Drafter, lower: Drafter) -> CostTable:
+        seen.append((upper.name, lower.name))
+        return CostTable([1, 9], [1], [[1e-3, 2e-3]], drafters={lower.name: DraftCost(1e-5)})
+
+    context = DrafterContext(
+        vocab_size=VOCAB, max_context=64, open_model=lambda _: ToyRunner(random_language(VOCAB), VOCAB), level_costs=level_costs
+    )
+    create("cascade:ngram>model:a>model:b", {}, context)
+    assert seen == [("model:a", "ngram"), ("model:b", "cascade:ngram>model:a")]
+
+
+# ---------- borders ----------
+
+
+def test_nothing_follows_an_end_token() -> None:
+    language = next_token_language(VOCAB, lambda tokens: (tokens[-1] + 1) % VOCAB)
+    drafter = CascadeDrafter(
+        ModelDrafter(ToyRunner(language, VOCAB)),
+        ModelDrafter(ToyRunner(language, VOCAB)),
+        options=CascadeOptions(controller="fixed"),
+    )
+    view = make_view([0, 1], end_ids=[4])
+    session = drafter.open(view)
+    assert session.propose(12, always).tokens == (2, 3, 4)
+    view.tokens += [2, 0]  # it was not kept
+    assert session.propose(12, always).tokens == (1, 2, 3, 4)
+
+
+def test_end_tokens_are_not_drafted_before_min_tokens() -> None:
+    drafter = CascadeDrafter(
+        ModelDrafter(ToyRunner(next_token_language(VOCAB, lambda _: 4), VOCAB)),
+        ModelDrafter(ToyRunner(next_token_language(VOCAB, lambda _: 1), VOCAB)),
+        options=CascadeOptions(controller="fixed"),
+    )
+    draft = drafter.open(make_view([1, 2], end_ids=[4], sampling=SamplingParams(min_tokens=3))).propose(8, always)
+    assert len(draft) == 4
+    assert 4 not in draft.tokens[:3]
+    assert draft.tokens[3] == 4
+
+
+def test_prompts_beyond_the_upper_models_context_are_left_alone() -> None:
+    drafter = make("cascade:ngram>model:0.4", random_language(VOCAB), max_context=8)
+    session = drafter.open(make_view([1] * 9))
+    assert session.outlook(5).available == 0
+    assert session.propose(5, always) == Draft((), drafter=drafter.name)
+    assert drafter.runner.forwards == 0  # type: ignore[attr-defined]
+    assert speculate_toy(ToyRunner(random_language(VOCAB), VOCAB), drafter, make_view([1] * 20), 5, 4)
+
+
+@pytest.mark.parametrize("spec", ["cascade:ngram>model:0", "cascade:model:0>model:0>model:0"])
+def test_the_context_of_the_upper_model_is_used_to_its_end(spec: str) -> None:
+    target = random_language(VOCAB, order=3, seed=4)
+    drafter = make(spec, target, max_context=12)
+    view = make_view([1, 2, 3, 1, 2])
+    session = drafter.open(view)
+    while (available := session.outlook(4).available) > 0:
+        assert available == min(4, 13 - len(view.tokens))
+        draft = session.propose(available, always)
+        assert draft.tokens
+        view.tokens += draft.tokens
+    assert len(view.tokens) == 13
+
+
+def test_a_narrower_vocabulary_is_padded_with_impossible_tokens() -> None:
+    runner = ToyRunner(random_language(4), 4)
+    drafter = CascadeDrafter(
+        ModelDrafter(runner, vocab_size=VOCAB), ModelDrafter(runner, vocab_size=VOCAB), options=CascadeOptions(controller="fixed")
+    )
+    draft = drafter.open(make_view([1, 2], sampling=SamplingParams(temperature=1.0))).propose(5, always)
+    assert draft.draft_probs is not None
+    assert draft.draft_probs.shape == (len(draft), VOCAB)
+    assert float(draft.draft_probs[:, 4].sum()) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("cascade:ngram", "write cascade:LOWER>UPPER"),
+        ("cascade:>model:1", "write cascade:LOWER>UPPER"),
+        ("cascade:ngram>", "write cascade:LOWER>UPPER"),
+        ("cascade:model:1>ngram", "'ngram' cannot verify for another drafter"),
+        ("cascade:ngram>model:1+tree>model:1", r"'model:1\+tree' cannot verify"),
+        ("cascade:ngarm>model:1", "no drafter is named 'ngarm'"),
+        ("cascade:quantized_self>model:1", "cannot be loaded again here"),
+    ],
+)
+def test_malformed_hierarchies_are_refused(spec: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        make(spec, random_language(VOCAB))
+
+
+def test_heads_cannot_draft_below_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paceline.drafting.ngram.NgramDrafter.wants_hidden", (1,))
+    with pytest.raises(OptionError, match="'ngram' reads the target's own states"):
+        make("cascade:ngram>model:1", random_language(VOCAB))
+
+
+def test_names_pass_through_specifications() -> None:
+    assert parse_spec("cascade:ngram>model:a/b,ngram") == ["cascade:ngram>model:a/b", "ngram"]
+    with pytest.raises(OptionError, match="cascade has no tree form"):
+        parse_spec("cascade:ngram>model:a+tree")
+    with pytest.raises(OptionError, match="write cascade:LOWER>UPPER"):
+        parse_spec("cascade")
