@@ -47,7 +47,8 @@ def compare_tokenizers(target: Tokenizer, draft: Tokenizer, draft_name: str = "d
             False,
             shared,
             f"draft {draft_name!r} has another tokenizer than the target ({sizes}, {percent:.0f} % shared): "
-            "its ids mean other text; use a draft of the same family, or a drafter that needs no model, such as ngram",
+            f"its ids mean other text; name it as tli:{draft_name}, slem:{draft_name} or uag:{draft_name}, which translate, or "
+            "use a draft of the same family",
         )
     for text in PROBES:
         if target.encode(text, add_special=False) != draft.encode(text, add_special=False):
@@ -55,6 +56,7 @@ def compare_tokenizers(target: Tokenizer, draft: Tokenizer, draft_name: str = "d
                 False,
                 shared,
                 f"draft {draft_name!r} has the target's vocabulary but splits text otherwise (such as {text[:24]!r}): "
-                "its drafts would rarely be accepted; use a draft of the same family",
+                f"its drafts would rarely be accepted; name it as slem:{draft_name} or uag:{draft_name}, which go through text, or "
+                "use a draft of the same family",
             )
     return Compatibility(True, shared, f"draft {draft_name!r} shares the target's tokenizer ({shared} entries)")

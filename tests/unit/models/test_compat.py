@@ -29,6 +29,7 @@ def test_other_vocabularies_are_refused_with_figures_and_a_remedy() -> None:
     assert not found.same
     assert found.shared == 0
     assert "draft 'other' has another tokenizer than the target (276 vs 274 entries, 0 % shared)" in found.message
+    assert "name it as tli:other, slem:other or uag:other" in found.message
     assert "use a draft of the same family" in found.message
     assert "\n" not in found.message
 
@@ -48,3 +49,4 @@ def test_one_vocabulary_with_other_rules_is_refused() -> None:
     found = compare_tokenizers(byte_level_tokenizer(), FastTokenizer(backend))
     assert not found.same
     assert "splits text otherwise" in found.message
+    assert "name it as slem:draft or uag:draft" in found.message
