@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,9 +16,10 @@ from paceline.cli import loading
 from paceline.cli.generate import AsJson, Chat, Prompt, System, print_summary
 from paceline.cli.loading import Request
 from paceline.cli.options import Settings, takes_settings
-from paceline.cli.output import result_document
+from paceline.cli.output import draft_memory, result_document
 from paceline.config import RunnerConfig, SamplingParams, SpeculationConfig
 from paceline.errors import OptionError
+from paceline.study.reliability import calibration_error, plot_reliability, reliability_bar
 
 if TYPE_CHECKING:
     from paceline.engine import Engine
@@ -37,6 +39,7 @@ def explain(
     chat: Chat = None,
     system: System = "",
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Most rounds to show.")] = 60,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the reliability diagram to this PNG file.")] = None,
     as_json: AsJson = False,
     *,
     settings: Settings,
@@ -45,20 +48,31 @@ def explain(
     if settings.sampling.n > 1:
         raise OptionError(f"-n = {settings.sampling.n}: explain one answer at a time; leave it out")
     text = loading.read_prompt(prompt)
+    if plot is not None:
+        from paceline.study.report import check_writable
+
+        check_writable(plot)
     with loading.open_engine(settings) as engine:
         engine.controller.explain()
         result = Request.make(engine, text, system, chat).run(engine, settings.sampling)[0]
         if as_json:
             typer.echo(json.dumps(explanation(engine, result), ensure_ascii=False))
-            return
-        console = Console()
-        console.print(rounds_table(result.steps[:rounds]))
-        if len(result.steps) > rounds:
-            console.print(f"{len(result.steps) - rounds} more rounds; --rounds {len(result.steps)} shows all")
-        console.print(cost_table(engine, context=_last_context(result)))
-        if reliability := engine.controller.calibration():
-            console.print(calibration_table(reliability))
-        print_summary(engine, result)
+        else:
+            show(engine, result, rounds)
+        if plot is not None:
+            plot_reliability(engine.controller.calibration(), plot)
+
+
+def show(engine: Engine, result: GenerationResult, rounds: int) -> None:
+    """The tables: rounds, costs, and calibration where the controller keeps one."""
+    console = Console()
+    console.print(rounds_table(result.steps[:rounds]))
+    if len(result.steps) > rounds:
+        console.print(f"{len(result.steps) - rounds} more rounds; --rounds {len(result.steps)} shows all")
+    console.print(cost_table(engine, context=_last_context(result)))
+    if reliability := engine.controller.calibration():
+        console.print(calibration_table(reliability))
+    print_summary(engine, result)
 
 
 def _last_context(result: GenerationResult) -> int:
@@ -97,8 +111,9 @@ def cost_curve(engine: Engine, context: int) -> list[dict[str, float]]:
 
 def cost_table(engine: Engine, context: int) -> Table:
     """The cost curve, and what each drafter costs."""
+    memory = draft_memory(engine)
     drafters = "; ".join(
-        f"{name}: {1e3 * cost.fixed:.3f} ms a round + {1e3 * cost.per_token:.3f} ms a token"
+        f"{name}: {1e3 * cost.fixed:.3f} ms a round + {1e3 * cost.per_token:.3f} ms a token, {memory.get(name, 0) / 1e6:.1f} MB"
         for name, cost in engine.costs.drafters.items()
     )
     table = Table(title=f"cost of a forward at {context} tokens of context", caption=drafters or None)
@@ -111,12 +126,13 @@ def cost_table(engine: Engine, context: int) -> Table:
 
 
 def calibration_table(rows: list[dict[str, Any]]) -> Table:
-    """A row for each bin of predicted acceptance."""
-    table = Table(title="calibration: predicted and observed acceptance")
-    for column in rows[0]:
+    """The reliability diagram: a row for each bin of predicted acceptance."""
+    errors = "; ".join(f"{drafter}: {error:.3f}" for drafter, error in calibration_error(rows).items())
+    table = Table(title="calibration: predicted (|) and observed (#) acceptance", caption=f"mean error {errors}")
+    for column in (*rows[0], "0 to 1"):
         table.add_column(column)
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        table.add_row(*(str(value) for value in row.values()), reliability_bar(row["predicted"], row["accepted"]))
     return table
 
 

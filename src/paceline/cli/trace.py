@@ -17,26 +17,29 @@ from paceline.errors import OptionError
 @takes_settings(SpeculationConfig, SamplingParams, RunnerConfig)
 def trace(
     out: Annotated[Path, typer.Argument(help="File to write: .jsonl, or .parquet (with pyarrow).", show_default=False)],
-    prompts: Annotated[str, typer.Option("--prompts", help="JSONL file (see docs/benchmarks.md), or `builtin`.")] = "builtin",
+    prompts: Annotated[str, typer.Option("--prompts", help="JSONL file (docs/benchmarks.md), `builtin` or `agent`.")] = "builtin",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Most prompts of each category.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    survey: Annotated[bool, typer.Option("--survey", help="Long drafts by every drafter in turn: best to replay and fit.")] = False,
     *,
     settings: Settings,
 ) -> None:
     """Answer prompts and record every round: what was known, drafted and accepted, and what it cost. No text is recorded."""
     from paceline.study.prompts import load_prompts
     from paceline.study.report import check_writable
-    from paceline.study.trace import TraceWriter, Tracing, read_trace, write_parquet
+    from paceline.study.trace import Survey, TraceWriter, Tracing, read_trace, write_parquet
 
     check_writable(out)
     if out.suffix not in (".jsonl", ".parquet"):
         raise OptionError(f"trace file {str(out)!r}: name it .jsonl or .parquet")
     prompt_set = load_prompts(prompts, limit=limit)
     lines = out.with_suffix(".jsonl")
-    with loading.open_engine(settings) as engine, TraceWriter(lines, engine.controller.name, engine.costs) as writer:
-        engine.controller = Tracing(engine.controller, writer)
-        for prompt in prompt_set:
-            Request.make(engine, prompt.text, "", False if raw else None).run(engine, settings.sampling, task=prompt.category)
+    with loading.open_engine(settings) as engine:
+        deciding = Survey() if survey else engine.controller
+        with TraceWriter(lines, deciding.name, engine.costs) as writer:
+            engine.controller = Tracing(deciding, writer)
+            for prompt in prompt_set:
+                Request.make(engine, prompt.text, "", False if raw else None).run(engine, settings.sampling, task=prompt.category)
     recorded = read_trace(lines)
     if out.suffix == ".parquet":
         write_parquet(recorded, out)

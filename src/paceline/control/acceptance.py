@@ -46,7 +46,7 @@ def observed_labels(record: StepRecord) -> tuple[float, ...]:
     if record.acceptance:
         return record.acceptance
     hits = (1.0,) * record.num_accepted
-    return hits if record.num_accepted >= record.num_drafted else (*hits, 0.0)
+    return hits if record.num_accepted >= (record.num_levels or record.num_drafted) else (*hits, 0.0)
 
 
 class PositionTable:

@@ -2,17 +2,22 @@
 
 Source: AdaSD, arXiv 2512.11280, of which only the abstracts and a secondary summary could be read: two thresholds, one that ends
 drafting and one that accepts, both updated while decoding from token entropy and Jensen-Shannon distance. The update rules here
-are **ours**, not the paper's: midpoints of two running means. The acceptance side is a verification rule of the same
-name; it relaxes acceptance and is not lossless. This stop side alone is lossless: the token at which it stops is kept.
+are **ours**, not the paper's: midpoints of two running means. This stop side is lossless: the token at which it stops is kept.
+
+The acceptance side belongs to a verification rule, which is not lossless; the two meet in records. Rules are pure functions, so the
+adaptive threshold lives here: a rule that relaxes reports `Verdict.divergence` (Jensen-Shannon distance of each observed position)
+and `Verdict.relaxed`, the controller answers with `Plan.tolerance`. Under lossless rules nothing is reported and the tolerance
+stays None.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from paceline.control.base import RoundContext
 from paceline.control.rounds import StopRule, require_count, require_length
 from paceline.costs import CostTable
-from paceline.records import DraftFeatures, StepRecord
+from paceline.records import DraftFeatures, Plan, StepRecord
 
 
 @dataclass(slots=True)
@@ -58,8 +63,8 @@ class AdaSdOptions:
 class AdaSdLike(StopRule):
     """Stop after a token whose draft entropy is above the midpoint of accepted and rejected entropies.
 
-    Learns from the *strict* test only: a token that a relaxed rule let through although the target never would have
-    (exact acceptance 0) teaches nothing. Without confidences (n-gram drafts): fixed length `k_max`.
+    Both thresholds learn from the *strict* test only: if tokens that the relaxed test let through counted as accepted, the
+    tolerance would feed itself. Without confidences (n-gram drafts): fixed length `k_max`.
     """
 
     name = "adasd_like"
@@ -69,6 +74,10 @@ class AdaSdLike(StopRule):
         super().__init__()
         self.k_max = options.k_max
         self.threshold = MidpointThreshold(options.min_count)
+        self.tolerance = MidpointThreshold(options.min_count)
+
+    def plan(self, context: RoundContext) -> Plan:
+        return replace(super().plan(context), tolerance=self.tolerance.value)
 
     def go_on(self, request_id: int, features: DraftFeatures) -> bool:
         limit = self.threshold.value
@@ -77,7 +86,9 @@ class AdaSdLike(StopRule):
     def observe(self, record: StepRecord) -> None:
         accepted = record.num_accepted
         observed = accepted if record.truncated else accepted + 1
-        for j, feature in enumerate(self.seen(record)[:observed]):
-            relaxed = j < accepted and j < len(record.acceptance) and record.acceptance[j] == 0.0
-            if not relaxed:
-                self.threshold.add(feature.entropy, j < accepted)
+        strict = [j for j in range(observed) if j not in record.relaxed]
+        features = self.seen(record)
+        for threshold, values in ((self.threshold, [f.entropy for f in features]), (self.tolerance, record.divergence)):
+            for j in strict:
+                if j < len(values):
+                    threshold.add(values[j], j < accepted)

@@ -2,7 +2,7 @@
 
 Total time <= (1 + eps) * plain time + start, at every moment, as long as no speculative round takes longer than the loss that
 it was granted. The idea is that of conservative bandits (Wu et al. 2016, arXiv 1602.04282). One bank serves an engine: a new
-request does not bring a new start.
+request does not bring a new start. A drafter with a cache of its own brings one reading of a prompt with it (`lend`), once.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ class TimeBank:
         if plain_seconds < self._opened_at:
             self.slack -= self._start * (self._opened_at - plain_seconds)
             self._opened_at = plain_seconds
+
+    def lend(self, seconds: float) -> None:
+        """Raise the start: what a drafter needs once, before anything can be known of it (it reads its first prompt)."""
+        self.slack += seconds
 
     def grant(self, loss: float) -> bool:
         """Allow a plan that loses at most this many seconds (one token emitted), if everything granted can be paid."""

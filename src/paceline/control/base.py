@@ -29,6 +29,8 @@ class RoundContext:
     """Rows that the other sequences have already put into this round's forward."""
     task: str = ""
     """Tag of similar requests that share what was learnt."""
+    remaining: int = 64
+    """Tokens that the request may still emit at most."""
 
 
 class Controller(ABC):

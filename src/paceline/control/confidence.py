@@ -56,7 +56,7 @@ class ConfidenceModel:
         self._ring: deque[tuple[float, int, float]] = deque(maxlen=memory)
         self._every = every
         self._ridge = ridge
-        self._wait = min(16, every)
+        self._wait = min(4, every)
         self._rounds = 0
         self._slope = _SLOPE
         self._intercepts = [_INTERCEPT] * POSITIONS
@@ -83,8 +83,10 @@ class ConfidenceModel:
         self.labels += min(len(confidences), len(labels))
         self._rounds += 1
         if self._rounds >= self._wait and self._ring:
+            steps = 3 if self._wait < 32 else 1  # a step is bounded, and the start may be far off
             self._rounds, self._wait = 0, min(2 * self._wait, self._every)
-            self._newton_step()
+            for _ in range(steps):
+                self._newton_step()
 
     def reliability(self) -> list[Bin]:
         """Predicted against observed acceptance, by predicted chance; empty bins are left out."""

@@ -1,4 +1,4 @@
-"""A small logistic head over draft-side features, for the trained stop rules; fitted by `paceline.study.trace.fit_head`."""
+"""A small logistic head over draft-side features, for the trained stop rules; fitted by `paceline.study.heads.fit_head`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,9 @@ FEATURES: dict[str, Callable[[DraftFeatures, float], float]] = {
     "recent": lambda _, recent: recent,
 }
 """Inputs that a head may name. `recent` is accepted / drafted of the request's last round. None looks at the drawn token."""
+
+ANY = "any"
+"""Key of the head for drafters without one of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +73,42 @@ class LogisticHead:
         weights = tuple(float(w) for w in data["weights"])
         return cls(tuple(map(str, data["inputs"])), weights, float(data["bias"]), str(data.get("note", "")))
 
+
+@dataclass(frozen=True, slots=True)
+class HeadSet:
+    """Heads by kind of drafter: how far a draft's confidence can be trusted is a property of the pair."""
+
+    heads: dict[str, LogisticHead]
+    """Keyed by drafter kind (`quantized_self`, `model`); the one under `any` serves all others."""
+
+    def __post_init__(self) -> None:
+        if ANY not in self.heads:
+            raise ValueError(f"no head for `{ANY}` drafter")
+
+    def of(self, drafter: str) -> LogisticHead:
+        """The head for a drafter by its full name (`model:PATH`, `early_exit`)."""
+        return self.heads.get(drafter.partition(":")[0].partition("+")[0], self.heads[ANY])
+
+    def to_json(self) -> dict[str, Any]:
+        return {"heads": {kind: head.to_json() for kind, head in self.heads.items()}}
+
     @classmethod
-    def load(cls, path: str) -> LogisticHead:
-        """Read a head from a JSON file. Raises OptionError when the file cannot be read or is not a head."""
+    def from_json(cls, data: dict[str, Any]) -> HeadSet:
+        """A set, or a single head, which then serves every drafter. Raises KeyError, TypeError or ValueError on anything else."""
+        heads = {ANY: data} if "inputs" in data else data["heads"]
+        return cls({str(kind): LogisticHead.from_json(head) for kind, head in heads.items()})
+
+    @classmethod
+    def load(cls, path: str) -> HeadSet:
+        """Read from a JSON file. Raises OptionError when the file cannot be read or holds no heads."""
         try:
             return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise OptionError(f"head = {path!r}: not a readable head ({error}); fit one from a trace, or leave it out") from error
+
+
+@cache
+def shipped(name: str) -> HeadSet:
+    """The heads that come with the package for a controller; `benchmarks/fit_heads.py` made them."""
+    text = files("paceline.control").joinpath("fitted", f"{name}.json").read_text(encoding="utf-8")
+    return HeadSet.from_json(json.loads(text))

@@ -17,7 +17,7 @@ from paceline.control.arbiter import Arbiter
 from paceline.control.bank import TimeBank
 from paceline.control.base import Controller, RoundContext
 from paceline.control.confidence import ConfidenceModel
-from paceline.control.pricing import LearnedCosts, best_net, best_ratio, round_seconds, rows_bucket, worth_another
+from paceline.control.pricing import LearnedCosts, best_net, best_ratio, node_rates, round_seconds, rows_bucket, worth_another
 from paceline.control.probing import ProbeSchedule
 from paceline.costs import CostTable
 from paceline.errors import OptionError
@@ -25,6 +25,8 @@ from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
 
 _NOTHING = Plan(None, 0, "plain: nothing to draft")
 _DUE_CATCH_UP, _STAY = 8, 16
+_READING = 64.0
+"""Plain steps that reading its first prompt may cost a drafter."""
 _RESTING = Plan(None, 0, "plain: drafting did not pay a moment ago")
 _CLEARLY_NOT, _REST = 0.97, 8
 """Speed under which an offer is clearly not worth it, and tokens for which it is then not priced again."""
@@ -140,6 +142,10 @@ class Pacer(Controller):
         self._probes = ProbeSchedule()
         self._lanes: dict[tuple[str, int], _Lane] = {}
         self._running: dict[int, _Running] = {}
+        self._read: set[str] = set()
+        """Drafters that were lent the time to read a prompt."""
+        self._widths: dict[str, float] = {}
+        """Nodes a level of drafters that propose trees."""
         self._tokens = 0
 
     def plan(self, context: RoundContext) -> Plan:
@@ -267,6 +273,8 @@ class Pacer(Controller):
         costs, drafter, bucket = self._costs, outlook.drafter, signal_bucket(outlook.signal)
         limit = min(context.max_draft, outlook.available)
         rates = self._acceptance.rates(context.request_id, context.task, drafter, bucket, limit)
+        if (width := self._widths.get(drafter, 1.0)) > 1.0:
+            rates = node_rates(rates, width)
         curve = costs.learnt(_base_rows(context), limit, context.context_length)
         line, rest, alone = costs.line(drafter), costs.rest, _alone(context)
         if alone:
@@ -275,9 +283,9 @@ class Pacer(Controller):
             share = costs.overlap.share(context.batch_size)
             once, each = share * line.fixed, share * line.per_token + rest.per_token
         if outlook.catch_up:
-            # A long lag is paid once for a stay of many rounds (7.8).
-            lag = outlook.catch_up
-            once += costs.catch_up(drafter, lag if lag <= _DUE_CATCH_UP else _DUE_CATCH_UP + (lag - _DUE_CATCH_UP) // _STAY)
+            # A long lag is paid once for a stay of many rounds (7.8): those that are left, at a few tokens each.
+            lag, stay = outlook.catch_up, min(max(context.remaining // 3, _STAY), 4 * _STAY)
+            once += costs.catch_up(drafter, lag if lag <= _DUE_CATCH_UP else _DUE_CATCH_UP + (lag - _DUE_CATCH_UP) // stay)
         if alone:
             # Prices of near equals are noisy; a round with a draft in it is never cheaper than one without.
             seconds = round_seconds(curve, once, each, plain + line.fixed, line.per_token + _LEAST_ROW * plain)
@@ -308,7 +316,7 @@ class Pacer(Controller):
         drafter = offer.outlook.drafter
         confident = self._confident.get(drafter)
         stops = confident is not None and confident.asks and confident.model.labels >= _CALIBRATED and not probe
-        num_draft = self._affordable(context, offer, plain, len(offer.rates) if stops else wanted)
+        num_draft = self._affordable(context, offer, plain, lane, len(offer.rates) if stops else wanted)
         if num_draft == 0:
             return Plan(None, 0, "plain: bank, earlier losses come first", 1.0, plain)
         expected, emitted = min(num_draft, offer.num_draft), offer.emitted
@@ -324,13 +332,19 @@ class Pacer(Controller):
         seconds = offer.seconds[expected]
         return Plan(drafter, num_draft, self._why_draft(num_draft, emitted, seconds / plain, probe), emitted, seconds, probe)
 
-    def _affordable(self, context: RoundContext, offer: _Offer, plain: float, wanted: int) -> int:
+    def _affordable(self, context: RoundContext, offer: _Offer, plain: float, lane: _Lane, wanted: int) -> int:
         """The longest draft, up to the wanted one, whose worst loss the bank grants; 0 if there is none."""
         costs, outlook = self._costs, offer.outlook
         table = costs.measured(_base_rows(context), wanted, context.context_length)
         free = plain if _alone(context) else table[0]
         line, rest = costs.line(outlook.drafter), costs.rest
         catch_up = costs.catch_up(outlook.drafter, outlook.catch_up)
+        if catch_up > 0.0 and outlook.drafter not in self._read:
+            # What it is worth cannot be known before it has read a prompt: that is lent, once.
+            self._read.add(outlook.drafter)
+            loan = min(catch_up, _READING * plain)
+            self._bank.lend(loan)
+            lane.purse.lend(loan)
         margin = 1.0 + 2.0 * costs.deviation
         for k in range(wanted, 0, -1):
             worst = max(margin * offer.seconds[k], table[k] + line.worst(k) + rest.worst(k)) + catch_up
@@ -353,6 +367,9 @@ class Pacer(Controller):
         drafter, bucket = record.drafter, signal_bucket(record.signal)
         labels = observed_labels(record)
         self._acceptance.update(record.request_id, record.task, drafter, bucket, labels, self._tokens)
+        if 0 < record.num_levels < record.num_drafted or drafter in self._widths:
+            width = record.num_drafted / max(record.num_levels, 1)
+            self._widths[drafter] = 0.9 * self._widths.get(drafter, width) + 0.1 * width
         if record.confidences:
             confident = self._states_confidence(drafter)
             confident.model.update(record.confidences, labels)
@@ -374,8 +391,11 @@ class Pacer(Controller):
             return
         costs.learn_round(context, rows, batch, record.verify_seconds)
         if record.drafter is not None:
+            line = costs.line(record.drafter)
+            costs.learn_catch_up(record.drafter, lag, record.draft_seconds - line.fixed - line.per_token * record.num_drafted)
             catch_up = min(costs.catch_up(record.drafter, lag), 0.5 * record.draft_seconds)
-            costs.line(record.drafter).learn(record.num_drafted, record.draft_seconds - catch_up)
+            if lag < 64:  # else most of the time is the prompt's
+                line.learn(record.num_drafted, record.draft_seconds - catch_up)
         if batch == 1:
             costs.rest.learn(record.num_drafted, seconds - record.verify_seconds - record.draft_seconds)
             if record.expected_seconds > 0.0 and record.num_drafted == record.num_planned:

@@ -16,6 +16,8 @@ _CONTEXT_SHIFT = 7
 _OUTLIER = 3.0
 _SLOWEST_RATE = 0.1
 _NEWS = 0.02
+_LAG = 8
+"""Tokens caught up that tell what one costs."""
 
 
 def round_seconds(forwards: Sequence[float], once: float, each: float, floor: float = 0.0, floor_each: float = 0.0) -> list[float]:
@@ -27,6 +29,20 @@ def round_seconds(forwards: Sequence[float], once: float, each: float, floor: fl
         once += each
         floor += floor_each
     return seconds
+
+
+def node_rates(rates: Sequence[float], width: float) -> list[float]:
+    """Chances for the nodes of a tree, such that their running products sum to its expected accepted tokens.
+
+    rates: a_1 .. a_K of its levels; width: nodes a level. A level is accepted once, whichever of its nodes it was, so each
+    node brings its share of it.
+    """
+    nodes, last = [], 0
+    for node in range(len(rates)):
+        level = int(node / width)
+        nodes.append(rates[level] if level > last else rates[0] / width if node == 0 else 1.0)
+        last = level
+    return nodes
 
 
 def best_ratio(rates: Sequence[float], seconds: Sequence[float]) -> tuple[int, float]:
@@ -239,6 +255,7 @@ class LearnedCosts:
         self._scales = Scales()
         self._plain = [MedianFactor() for _ in range(_NUM_BUCKETS)]
         self._lines: dict[str, Line] = {}
+        self._catch_up: dict[str, float] = {}
         self._moved = 0.0
         self.rest = Line(table.round_overhead, 0.0, 4.0)
         """A speculative round outside forward and drafting: sampling, committing, the host's own work."""
@@ -256,8 +273,18 @@ class LearnedCosts:
 
     def catch_up(self, drafter: str, lag: int) -> float:
         """Seconds to feed a draft the committed tokens that its cache lacks."""
-        known = self._table.drafters.get(drafter)
-        return known.per_catch_up * lag if known else 0.0
+        each = self._catch_up.get(drafter)
+        if each is None:
+            known = self._table.drafters.get(drafter)
+            each = self._catch_up[drafter] = known.per_catch_up if known else 0.0
+        return each * lag
+
+    def learn_catch_up(self, drafter: str, lag: int, seconds: float) -> None:
+        """Count a draft of which `seconds` were not spent on drafted tokens."""
+        each = self._catch_up.get(drafter, 0.0)
+        if lag >= _LAG and each > 0.0:
+            seen = max(seconds, 0.0) / lag
+            self._catch_up[drafter] = each + 0.3 * (min(seen, _OUTLIER * each) - each)
 
     def plain(self, context: int, batch: int = 1) -> float:
         """A whole plain round. Corrected by plain rounds only: the bound of the time bank rests on it."""

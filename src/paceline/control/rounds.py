@@ -55,7 +55,7 @@ def labels(record: StepRecord) -> tuple[float, ...]:
     else 1 for accepted and 0 for rejected. A round cut by a stop condition shows no rejection.
     """
     accepted = record.num_accepted
-    observed = accepted if record.truncated or accepted >= record.num_drafted else accepted + 1
+    observed = accepted if record.truncated or accepted >= (record.num_levels or record.num_drafted) else accepted + 1
     if len(record.acceptance) >= observed:
         return record.acceptance[:observed]
     return tuple(1.0 if j < accepted else 0.0 for j in range(observed))

@@ -3,8 +3,8 @@
 Source: SpecDec++, arXiv 2405.19715. Known: the optimal stop is a threshold on R = 1 - product of acceptance probabilities; the
 threshold 0.3 and lengths 2 to 20 of the evaluation recipe. Deviation, ours: the paper's head reads the draft model's
 hidden state; this one is logistic in the draft's probabilities, fitted by our own tool, and so works with any draft.
-The built-in coefficients come from synthetic rounds, not from a real pair: fit a head from a trace of the pair in use.
-Lossless: the token at which it stops is kept.
+The built-in heads were fitted on real traces of the default model's own drafts (`benchmarks/fit_heads.py`): for another pair
+record one and fit a head. Lossless: the token at which it stops is kept.
 """
 
 from __future__ import annotations
@@ -12,17 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from paceline.control.base import RoundContext
-from paceline.control.heads import LogisticHead
+from paceline.control.heads import HeadSet, LogisticHead, shipped
 from paceline.control.rounds import StopRule, require, require_length, require_number
 from paceline.costs import CostTable
 from paceline.records import DraftFeatures, Plan
-
-DEFAULT_HEAD = LogisticHead(
-    inputs=("max_logit", "entropy"),
-    weights=(0.326, -0.683),
-    bias=1.071,
-    note="synthetic: `study.trace.fit_head` on regimes confident, sampled, mid and low, 8-token drafts; not on a real pair yet",
-)
 
 
 def stop_threshold(draft_cost: float, verify_cost: float, run_value: float = 0.0) -> float:
@@ -41,7 +34,7 @@ class SpecDecPpOptions:
     lag: bool = False
     """True: token n is judged only at step n + 1, as where the head reads the hidden state of the token fed."""
     head: str = ""
-    """JSON file of a fitted head; empty: the built-in one (see its note)."""
+    """JSON file of a fitted head, or of one for each kind of drafter; empty: the built-in ones (see their notes)."""
 
     def __post_init__(self) -> None:
         require_length("k_max", self.k_max, 1)
@@ -63,20 +56,22 @@ class SpecDecPp(StopRule):
         super().__init__()
         self.options = options
         self.k_max = options.k_max
-        self.head = LogisticHead.load(options.head) if options.head else DEFAULT_HEAD
-        self._survival: dict[int, float] = {}
+        self.heads = HeadSet.load(options.head) if options.head else shipped(self.name)
+        self._running: dict[int, tuple[LogisticHead, float]] = {}
+        """By request: the head of the round's drafter, and the chance that nothing was rejected so far."""
 
     def plan(self, context: RoundContext) -> Plan:
-        self._survival[context.request_id] = 1.0
-        return super().plan(context)
+        plan = super().plan(context)
+        self._running[context.request_id] = self.heads.of(plan.drafter or ""), 1.0
+        return plan
 
     def go_on(self, request_id: int, features: DraftFeatures) -> bool:
-        before = self._survival.get(request_id, 1.0)
-        after = before * self.head.probability(features)
-        self._survival[request_id] = after
+        head, before = self._running[request_id]
+        after = before * head.probability(features)
+        self._running[request_id] = head, after
         judged = before if self.options.lag else after
         return features.position < self.options.k_min or 1 - judged <= self.options.threshold
 
     def finish(self, request_id: int) -> None:
         super().finish(request_id)
-        self._survival.pop(request_id, None)
+        self._running.pop(request_id, None)

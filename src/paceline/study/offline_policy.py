@@ -23,7 +23,7 @@ from paceline.costs import CostTable
 from paceline.errors import OptionError
 from paceline.records import DraftFeatures, Plan, StepRecord
 from paceline.study.regimes import MAX_DRAFT
-from paceline.study.replay import Simulator, World, draw_world
+from paceline.study.simulator import Simulator, World, draw_world
 from paceline.study.trace import Round, Tracing
 
 CONFIDENCE_BINS = 12

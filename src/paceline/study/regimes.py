@@ -27,26 +27,30 @@ class CostCurve:
 
     name: str
     rows: tuple[int, ...]
-    verify_ms: tuple[float, ...]
-    """Of a forward over `rows` tokens, at a short context."""
+    contexts: tuple[int, ...]
+    verify_ms: tuple[tuple[float, ...], ...]
+    """verify_ms[c][r]: of a forward over rows[r] tokens at contexts[c] committed ones."""
     model_ms: float
     """Of one token drafted by a model."""
+    catch_up_ms: float
+    """Of one committed token that such a draft has not seen yet, prompts included."""
     ngram_ms: float
     """Of one n-gram proposal, whatever its length."""
     overhead_ms: float = 0.0
     """Host time of a drafting round."""
-    context_slope: float = 0.0
-    """Relative growth of a forward per 1000 committed tokens."""
     source: str = ""
+    """What of it was measured, where."""
 
     def table(self) -> CostTable:
-        verify = [ms / 1000 for ms in self.verify_ms]
         return CostTable(
             rows=list(self.rows),
-            contexts=[0, 1000],
-            verify=[verify, [seconds * (1 + self.context_slope) for seconds in verify]],
+            contexts=list(self.contexts),
+            verify=[[ms / 1000 for ms in row] for row in self.verify_ms],
             round_overhead=self.overhead_ms / 1000,
-            drafters={MODEL: DraftCost(per_token=self.model_ms / 1000), NGRAM: DraftCost(fixed=self.ngram_ms / 1000)},
+            drafters={
+                MODEL: DraftCost(per_token=self.model_ms / 1000, per_catch_up=self.catch_up_ms / 1000),
+                NGRAM: DraftCost(fixed=self.ngram_ms / 1000),
+            },
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -55,42 +59,57 @@ class CostCurve:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> CostCurve:
         """Raises KeyError, TypeError or ValueError on a document that is not a curve."""
-        curve = cls(**{**data, "rows": tuple(data["rows"]), "verify_ms": tuple(data["verify_ms"])})
-        if not curve.rows or len(curve.rows) != len(curve.verify_ms):
-            raise ValueError("cost curve: rows and verify_ms do not match")
+        grid = {"rows": tuple(data["rows"]), "contexts": tuple(data["contexts"])}
+        curve = cls(**{**data, **grid, "verify_ms": tuple(map(tuple, data["verify_ms"]))})
+        if not curve.rows or len(curve.verify_ms) != len(curve.contexts) or any(len(v) != len(curve.rows) for v in curve.verify_ms):
+            raise ValueError("cost curve: rows, contexts and verify_ms do not match")
         return curve
 
 
 CPU_NATIVE = CostCurve(
     name="cpu-native",
-    rows=(1, 2, 4, 8, 16, 32),
-    verify_ms=(4.0, 4.2, 4.5, 5.2, 7.0, 12.0),
+    rows=(1, 3, 5, 9),
+    contexts=(64, 640),
+    verify_ms=((4.1, 4.1, 5.1, 7.4), (4.95, 5.5, 6.8, 10.5)),
     model_ms=1.2,
+    catch_up_ms=0.17,
     ngram_ms=0.02,
     overhead_ms=0.05,
-    context_slope=0.15,
-    source="135M model, compiled int8 kernels, 2 cores; design figures",
+    source="135M model, compiled int8 kernels, 2 cores of a Zen 4 server; forwards measured, model draft assumed",
 )
 LLAMA_CPP = CostCurve(
     name="llama.cpp",
     rows=(1, 2, 4, 8, 16),
-    verify_ms=(11.0, 16.0, 22.0, 36.0, 76.0),
+    contexts=(0, 1000),
+    verify_ms=((11.0, 16.0, 22.0, 36.0, 76.0), (12.1, 17.6, 24.2, 39.6, 83.6)),
     model_ms=3.0,
+    catch_up_ms=1.0,
     ngram_ms=0.02,
-    context_slope=0.1,
-    source="135M model, Q4_1, 2 cores; passes measured, draft and context assumed",
+    source="135M model, Q4_1, 2 cores; short forwards measured, draft and context assumed",
 )
 GPU_8B = CostCurve(
     name="gpu-8b",
     rows=(1, 32),
-    verify_ms=(7.3, 7.3 * 1.16),
+    contexts=(512, 8192),
+    verify_ms=((7.3, 7.3 * 1.16), (10.3, 10.3 * 1.16)),
     model_ms=0.9,
+    catch_up_ms=0.004,
     ngram_ms=0.05,
     overhead_ms=0.1,
-    context_slope=0.05,
-    source="8B shape in bf16 on one data-centre GPU; forward measured, draft and overhead assumed",
+    source="8B shape in bf16, H100, captured and compiled torch forward measured; draft and overhead assumed",
 )
-CURVES: dict[str, CostCurve] = {curve.name: curve for curve in (CPU_NATIVE, LLAMA_CPP, GPU_8B)}
+H200_8B = CostCurve(
+    name="h200-8b",
+    rows=(1, 2, 4, 8, 16, 32, 64),
+    contexts=(512, 8192),
+    verify_ms=((3.824, 3.824, 3.828, 3.858, 4.075, 4.622, 5.843), (4.097, 4.117, 4.152, 4.246, 4.775, 5.987, 8.327)),
+    model_ms=0.512,
+    catch_up_ms=0.002,
+    ngram_ms=0.05,
+    overhead_ms=0.11,
+    source="8B shape in bf16 and a 135M draft, H200, own kernels: benchmarks/results/gpu_kernels.json; catch-up assumed",
+)
+CURVES: dict[str, CostCurve] = {curve.name: curve for curve in (CPU_NATIVE, LLAMA_CPP, GPU_8B, H200_8B)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +128,8 @@ class Stream:
     token_prob: Sequence[float] = ()
     decay: float = 1.0
     """Factor on the chance for each token drafted before it in the same round."""
+    bluff: int = 0
+    """Above 0: an adversary, who lets nothing of a draft pass that is longer than this."""
 
     def chance(self, position: int, depth: int) -> float:
         """Acceptance probability at a text position that is the depth-th token (from 1) of a draft."""
@@ -116,6 +137,8 @@ class Stream:
 
     def run_length(self, position: int, most: int) -> int:
         """Tokens accepted of a draft of `most` that begins at `position`."""
+        if 0 < self.bluff < most:
+            return 0
         for depth in range(1, most + 1):
             if self.coins[position + depth - 1] >= self.chance(position + depth - 1, depth):
                 return depth - 1
@@ -196,6 +219,27 @@ def switching(high: float, low: float, stretch: int) -> Callable[[random.Random,
     return build
 
 
+def drifting(high: float, low: float) -> Callable[[random.Random, int], tuple[Stream, ...]]:
+    """Acceptance glides from one level to the other and back, once over the text."""
+
+    def build(rng: random.Random, n: int) -> tuple[Stream, ...]:
+        middle, swing = (high + low) / 2, (high - low) / 2
+        return (model_stream(rng, [middle + swing * math.cos(2 * math.pi * t / n) for t in range(n)], spread=1.0),)
+
+    return build
+
+
+def bluffing(longest: int) -> Callable[[random.Random, int], tuple[Stream, ...]]:
+    """An adversary who watches the controller: whole drafts pass until it commits to more than `longest`, then nothing does."""
+
+    def build(rng: random.Random, n: int) -> tuple[Stream, ...]:
+        stream = model_stream(rng, [1.0] * n, spread=0.0)
+        sure = [0.95] * n
+        return (replace(stream, max_prob=sure, token_prob=sure, bluff=longest),)
+
+    return build
+
+
 def adversarial(rng: random.Random, n: int) -> tuple[Stream, ...]:
     """Accepts everything for just long enough to be trusted, then nothing; confidence is always high."""
     accept: list[float] = []
@@ -253,11 +297,12 @@ def with_cliff(curve: CostCurve, rows: int = 5, factor: float = 1.6) -> CostCurv
     """The curve with a jump just past `rows` rows, as at the edge of a kernel's tile."""
     table = curve.table()
     grid = sorted({*curve.rows, rows, rows + 1})
-    verify = tuple(1000 * table.t_verify(n, 0) * (factor if n > rows else 1.0) for n in grid)
+    verify = tuple(tuple(1000 * table.t_verify(n, c) * (factor if n > rows else 1.0) for n in grid) for c in curve.contexts)
     return replace(curve, rows=tuple(grid), verify_ms=verify)
 
 
 _LOADS = ((0.0, 1, 1.0), (0.25, 4, 1.0), (0.5, 8, 1.0), (0.75, 1, 1.5))
+_RUSH = ((0.0, 1, 1.0), (0.1, 8, 1.0), (0.3, 32, 1.0), (0.7, 4, 1.0), (0.85, 1, 1.0))
 
 
 def make_regimes(curve: CostCurve) -> list[Regime]:
@@ -269,9 +314,13 @@ def make_regimes(curve: CostCurve) -> list[Regime]:
         Regime("zero", "a hopeless draft", curve, level(0.0)),
         Regime("decaying", "0.92 at first, less with each drafted token", curve, level(0.92, decay=0.85)),
         Regime("switching", "0.85 and 0.1 in turn, 300 tokens each", curve, switching(0.85, 0.1, 300)),
+        Regime("drift", "glides from 0.9 to 0.1 and back", curve, drifting(0.9, 0.1)),
         Regime("cliff", "0.85, forwards past 5 rows cost 1.6 times more", with_cliff(curve), level(0.85)),
+        Regime("long", "0.75 behind 6000 tokens of prompt, which the draft must read, too", curve, level(0.75), prompt_tokens=6000),
         Regime("load", "0.8, batch 1, 4, 8, then 1 on a slower machine", curve, level(0.8), _LOADS, request_tokens=32),
+        Regime("rush", "0.7, batch 1 to 32 and back", curve, level(0.7), _RUSH, request_tokens=24),
         Regime("adversarial", "accepts until it is trusted, then nothing", curve, adversarial),
+        Regime("bluff", "accepts whole drafts of up to 3 tokens, nothing of a longer one", curve, bluffing(3)),
         Regime("bursty", "n-gram: long copied runs, then nothing", curve, bursty),
         Regime("confident", "a model draft that knows when it is right", curve, confident),
         Regime("sampled", "temperature 1, exact acceptance known", curve, sampled, exact_labels=True),

@@ -19,18 +19,17 @@ from statistics import median
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
-import numpy as np
-
 from paceline.control.base import Controller, RoundContext
-from paceline.control.heads import FEATURES, LogisticHead
 from paceline.control.rounds import labels
-from paceline.costs import CostTable
+from paceline.costs import CostTable, DraftCost
 from paceline.errors import OptionError, ResourceError
 from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
 from paceline.study.regimes import CPU_NATIVE, MAX_DRAFT, Regime, Stream
 
 SCHEMA = "paceline.trace/1"
-_TUPLES = ("confidences", "acceptance")
+_TUPLES = ("confidences", "acceptance", "divergence", "relaxed")
+_LONG_LAG = 16
+"""Tokens to catch up on, from which a round tells what catching up costs."""
 _RECORD_FIELDS = {f.name for f in fields(StepRecord)}
 
 
@@ -143,6 +142,24 @@ class Tracing(Controller):
         self.inner.finish(request_id)
 
 
+class Survey(Controller):
+    """Records best: long drafts by every drafter in turn, so that a replay knows what each of them would have got accepted."""
+
+    name = "survey"
+
+    def __init__(self, num_draft: int = MAX_DRAFT) -> None:
+        self._num_draft = num_draft
+        self._turn = 0
+
+    def plan(self, context: RoundContext) -> Plan:
+        able = [o for o in context.outlooks if o.available > 0]
+        if not able or context.max_draft < 1:
+            return Plan(None, 0, "survey: nothing to draft")
+        self._turn += 1
+        outlook = able[self._turn % len(able)]
+        return Plan(outlook.drafter, min(self._num_draft, context.max_draft, outlook.available), "survey", probe=True)
+
+
 def read_trace(path: str | Path) -> Trace:
     """Read a recording; an unfinished last line (of an interrupted one) is left out.
 
@@ -183,52 +200,6 @@ def write_parquet(trace: Trace, path: str | Path) -> None:
     import_module("pyarrow.parquet").write_table(table, path)
 
 
-def training_rows(rounds: Iterable[Round], inputs: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(inputs [N, F], labels [N]) float64 of all observed tokens that have features.
-
-    inputs: names in `heads.FEATURES`. Tokens past the first rejection are left out: their acceptance is unknown.
-    """
-    recent: dict[int, float] = {}
-    rows: list[list[float]] = []
-    targets: list[float] = []
-    for finished in rounds:
-        record = finished.record
-        last = recent.get(record.request_id, 1.0)
-        for feature, label in zip(finished.features, finished.labels, strict=False):
-            rows.append([FEATURES[name](feature, last) for name in inputs])
-            targets.append(label)
-        if record.num_drafted and not record.truncated:
-            recent[record.request_id] = record.num_accepted / record.num_drafted
-    return np.asarray(rows, dtype=np.float64).reshape(-1, len(inputs)), np.asarray(targets, dtype=np.float64)
-
-
-def fit_head(rounds: Iterable[Round], inputs: Sequence[str], *, l2: float = 1e-3, note: str = "") -> LogisticHead:
-    """Logistic regression of acceptance on draft features, by damped Newton steps; labels may be probabilities.
-
-    l2: penalty on the weights of the standardised inputs, per token. Raises OptionError when no token has features.
-    """
-    x, y = training_rows(rounds, inputs)
-    if len(y) == 0:
-        raise OptionError("trace: no drafted token has features; record with a drafter that has confidences")
-    mean, spread = x.mean(axis=0), x.std(axis=0)
-    spread[spread < 1e-9] = 1.0
-    design = np.concatenate([(x - mean) / spread, np.ones((len(y), 1))], axis=1)
-    penalty = np.full(design.shape[1], l2 * len(y))
-    penalty[-1] = 1e-6 * len(y)
-    weights = np.zeros(design.shape[1])
-    for _ in range(50):
-        chance = 1 / (1 + np.exp(-np.clip(design @ weights, -40, 40)))
-        gradient = design.T @ (chance - y) + penalty * weights
-        curvature = (design * (chance * (1 - chance) + 1e-6)[:, None]).T @ design + np.diag(penalty)
-        step = np.linalg.solve(curvature, gradient)
-        weights -= step / max(1.0, float(np.abs(step).max()))
-        if float(np.abs(step).max()) < 1e-8:
-            break
-    slopes = weights[:-1] / spread
-    bias = float(weights[-1] - slopes @ mean)
-    return LogisticHead(tuple(inputs), tuple(float(w) for w in slopes), bias, note or f"fitted on {len(y)} tokens")
-
-
 def acceptance_by_depth(rounds: Iterable[Round], drafter: str) -> list[float]:
     """Chance of acceptance at depth 1, 2, ... given that all before were accepted, from observed positions alone.
 
@@ -249,6 +220,15 @@ def acceptance_by_depth(rounds: Iterable[Round], drafter: str) -> list[float]:
     return estimates
 
 
+def first_by_signal(rounds: Iterable[Round], mean: float) -> dict[int, float]:
+    """Chance that a first token is accepted, by the drafter's signal; each estimate leans on `mean` with a weight of 3 rounds."""
+    seen: dict[int, list[float]] = {}
+    for finished in rounds:
+        if finished.labels:
+            seen.setdefault(finished.record.signal, []).append(finished.labels[0])
+    return {signal: (sum(hits) + 3 * mean) / (len(hits) + 3) for signal, hits in seen.items()}
+
+
 class _StreamBuilder:
     """Collects one drafter's text positions; see `trace_regime` for how gaps are filled."""
 
@@ -256,6 +236,7 @@ class _StreamBuilder:
         self.drafter = drafter
         self.hazard = acceptance_by_depth(rounds, drafter)
         own = [r for r in rounds if r.record.drafter == drafter]
+        self._first = first_by_signal(own, self.hazard[0])
         pairs = [(f, j < r.record.num_accepted) for r in own for j, f in enumerate(r.features[: len(r.labels)])]
         self._shown = {kind: [f for f, accepted in pairs if accepted == kind] for kind in (True, False)}
         self.has_features = bool(pairs)
@@ -270,8 +251,10 @@ class _StreamBuilder:
         record = finished.record
         outlook = next((o for o in finished.outlooks if o.drafter == self.drafter), Outlook(self.drafter, 0))
         known = finished.labels if record.drafter == self.drafter else ()
+        depth = 0
         for j in range(record.num_emitted):
-            accepted = j < record.num_accepted if j < len(known) else self._guess(j)
+            accepted = j < record.num_accepted if j < len(known) else self._guess(depth, outlook.signal)
+            depth = depth + 1 if accepted else 0
             self.accept.append(1.0 if accepted else 0.0)
             self.available.append(max(outlook.available - j, 0))
             self.signal.append(outlook.signal)
@@ -279,8 +262,10 @@ class _StreamBuilder:
                 seen = finished.features[j] if j < min(len(known), len(finished.features)) else self._borrow(accepted)
                 self.features.append(seen)
 
-    def _guess(self, depth: int) -> bool:
-        return self._rng.random() < self.hazard[min(depth, MAX_DRAFT - 1)]
+    def _guess(self, depth: int, signal: int) -> bool:
+        """A position that this drafter was not seen at, `depth` tokens into a draft that went well so far."""
+        chance = self.hazard[min(depth, MAX_DRAFT - 1)] if depth else self._first.get(signal, self.hazard[0])
+        return self._rng.random() < chance
 
     def _borrow(self, accepted: bool) -> DraftFeatures:
         return self._rng.choice(self._shown[accepted] or self._shown[not accepted])
@@ -302,14 +287,15 @@ def trace_regime(trace: Trace, name: str = "trace", seed: int = 0) -> Regime:
 
     **Censoring.** A round of A accepted tokens out of k tells that A positions would be accepted and, if A < k and no stop
     condition cut it, that the next one would not. What it does not tell (the position after a fully accepted draft, all positions
-    of plain rounds and, for a drafter, of other drafters' rounds) is drawn once, with `seed`, from the drafter's own estimate
-    of acceptance at that depth beyond what was observed (`acceptance_by_depth`), and its features are borrowed from observed
-    tokens of the same outcome. So acceptance is taken to belong to text positions, not to the depth at which they are drafted.
-    Record with long drafts (`fixed`, 16) to leave little to be drawn. Requests are laid end to end and cut anew into equal ones
-    of their mean length, one at a time.
+    of plain rounds and, for a drafter, of other drafters' rounds) is drawn once, with `seed`, from the drafter's own estimates:
+    of a first token by its signal (`first_by_signal`), of later ones by depth (`acceptance_by_depth`). Its features are borrowed
+    from observed tokens of the same outcome. So acceptance is taken to belong to text positions, not to the depth at which they
+    are drafted. Record with long drafts by every drafter in turn (`Survey`) to leave little to be drawn. Requests are laid end to
+    end and cut anew into equal ones of their mean length, one at a time.
 
     Availability (for n-grams) at a position inside a recorded draft is what was left of that draft; costs are the recorded
-    table, scaled by the median ratio of recorded to predicted verification times. Raises OptionError for a trace without rounds.
+    table, its forwards and each drafter scaled by the median ratio of recorded to predicted times; catching up costs what rounds
+    with a long lag took beyond drafting. Raises OptionError for a trace without rounds.
     """
     rounds = [r for _, own in sorted(_by_request(trace.rounds).items()) for r in own]
     if not rounds:
@@ -347,11 +333,27 @@ def _recorded_costs(trace: Trace) -> CostTable | None:
     if trace.costs is None:
         return None
     table = CostTable.from_json(trace.costs.to_json())
-    ratios = [
-        r.record.verify_seconds / table.t_verify(r.record.batch_rows or r.record.num_drafted + 1, r.record.context_length)
+    factor = _median_ratio(
+        (r.record.verify_seconds, table.t_verify(r.record.batch_rows or r.record.num_drafted + 1, r.record.context_length))
         for r in trace.rounds
-        if r.record.verify_seconds > 0 and not r.record.warmup
-    ]
-    factor = median(ratios) if ratios else 1.0
+        if not r.record.warmup
+    )
     table.verify = [[seconds * factor for seconds in row] for row in table.verify]
+    for drafter, cost in table.drafters.items():
+        own = [(r.record, _lag(r)) for r in trace.rounds if r.record.drafter == drafter]
+        usual = _median_ratio((r.draft_seconds, cost.seconds(r.num_drafted, lag)) for r, lag in own if lag < _LONG_LAG)
+        per_token, fixed = cost.per_token * usual, cost.fixed * usual
+        late = [(r.draft_seconds - fixed - per_token * r.num_drafted, lag) for r, lag in own if lag >= _LONG_LAG]
+        per_catch_up = _median_ratio(late) if late else cost.per_catch_up * usual
+        table.drafters[drafter] = DraftCost(per_token, fixed, per_catch_up)
     return table
+
+
+def _lag(finished: Round) -> int:
+    return next((o.catch_up for o in finished.outlooks if o.drafter == finished.record.drafter), 0)
+
+
+def _median_ratio(times: Iterable[tuple[float, float]]) -> float:
+    """Median of recorded over predicted seconds; 1 where there is nothing to compare."""
+    ratios = [recorded / predicted for recorded, predicted in times if recorded > 0 and predicted > 0]
+    return median(ratios) if ratios else 1.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from command_line import Run
 from fake_engine import FakeEngine
-from paceline.study.trace import Tracing
+from paceline.study.trace import Survey, Tracing
 
 
 def test_rounds_of_every_prompt_go_through_the_recording_controller(run: Run, engine: FakeEngine, tmp_path: Path) -> None:
@@ -20,6 +20,15 @@ def test_rounds_of_every_prompt_go_through_the_recording_controller(run: Run, en
     header, *_ = out.read_text().splitlines()
     assert json.loads(header)["controller"] == "pacer"
     assert "secret" not in out.read_text()
+
+
+def test_survey_decides_in_the_controllers_place(run: Run, engine: FakeEngine, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "set.jsonl", tmp_path / "trace.jsonl"
+    prompts.write_text(json.dumps({"prompt": "one"}))
+    assert run("trace", str(out), "--prompts", str(prompts), "--survey").code == 0
+    assert json.loads(out.read_text().splitlines()[0])["controller"] == "survey"
+    assert isinstance(engine.controller, Tracing)
+    assert isinstance(engine.controller.inner, Survey)
 
 
 def test_file_of_another_kind_is_refused(run: Run, tmp_path: Path) -> None:

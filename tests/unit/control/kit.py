@@ -38,6 +38,8 @@ def record(
     acceptance: Sequence[float] = (),
     batch: int = 1,
     truncated: bool = False,
+    divergence: Sequence[float] = (),
+    relaxed: Sequence[int] = (),
 ) -> StepRecord:
     return StepRecord(
         request_id=request_id,
@@ -52,6 +54,8 @@ def record(
         batch_size=batch,
         acceptance=tuple(acceptance),
         truncated=truncated,
+        divergence=tuple(divergence),
+        relaxed=tuple(relaxed),
     )
 
 

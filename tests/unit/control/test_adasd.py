@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from paceline.control.adasd import AdaSdLike, AdaSdOptions, MidpointThreshold
-from unit.control.kit import costs, play, shown
+from unit.control.kit import context, costs, play, shown
 
 
 def test_midpoint_gives_the_worked_values() -> None:
@@ -37,6 +37,19 @@ def test_stops_above_the_midpoint_and_learns_up_to_the_first_rejection() -> None
 
 def test_relaxed_acceptances_teach_nothing() -> None:
     controller = AdaSdLike(AdaSdOptions(min_count=1), costs())
-    play(controller, 2, [shown(1, entropy=0.2), shown(2, entropy=3.0), shown(3, entropy=2.0)], acceptance=(1.0, 0.0, 0.0))
-    assert controller.threshold.accepted_sum == pytest.approx(0.2)
-    assert controller.threshold.rejected_sum == pytest.approx(2.0)
+    features = [shown(1, entropy=0.2), shown(2, entropy=3.0), shown(3, entropy=2.0)]
+    play(controller, 2, features, divergence=(0.1, 0.4, 0.5), relaxed=(1,))
+    assert (controller.threshold.accepted_sum, controller.threshold.rejected_sum) == pytest.approx((0.2, 2.0))
+    assert (controller.tolerance.accepted_sum, controller.tolerance.rejected_sum) == pytest.approx((0.1, 0.5))
+
+
+def test_tolerance_is_the_worked_midpoint_of_divergences() -> None:
+    controller = AdaSdLike(AdaSdOptions(min_count=1), costs())
+    assert play(controller, 2, [shown(j) for j in (1, 2, 3)], divergence=(0.10, 0.20, 0.50)).tolerance is None
+    assert controller.plan(context()).tolerance == pytest.approx(0.325)
+
+
+def test_without_a_relaxed_rule_there_is_no_tolerance() -> None:
+    controller = AdaSdLike(AdaSdOptions(min_count=1), costs())
+    for _ in range(5):
+        assert play(controller, 1, [shown(1), shown(2)]).tolerance is None

@@ -65,3 +65,16 @@ def test_scan_looks_past_a_step_of_the_costs() -> None:
 
 def test_hopeless_rate_switches_off() -> None:
     assert Goodput(GoodputOptions(start=0.01), costs()).plan(context()).drafter is None
+
+
+def test_speed_up_at_constant_costs_gives_the_worked_values() -> None:
+    """Leviathan et al.: E[emitted] / (k c + 1)."""
+
+    def speed_up(alpha: float, c: float, k: int) -> float:
+        return expected_emitted(alpha, k) / (k * c + 1)
+
+    assert expected_emitted(0.8, 4) == pytest.approx(3.3616)
+    assert speed_up(0.8, 0.1, 4) == pytest.approx(2.401143, abs=1e-6)
+    assert [round(speed_up(0.8, 0.1, k), 4) for k in (5, 6, 7)] == [2.4595, 2.4696, 2.4477]
+    assert speed_up(0.3, 0.3, 1) == pytest.approx(1.0)
+    assert max(range(20), key=lambda k: speed_up(0.5, 0.05, k)) == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from paceline.control.pricing import (
@@ -12,6 +14,7 @@ from paceline.control.pricing import (
     Scales,
     best_net,
     best_ratio,
+    node_rates,
     rows_bucket,
     worth_another,
 )
@@ -216,3 +219,10 @@ def test_a_run_of_scales_is_what_each_number_of_rows_gets() -> None:
         scales.update(rows, ratio)
     for rows, count in ((1, 17), (60, 12)):
         assert scales.run(rows, count) == [scales.of(rows + extra) for extra in range(count)]
+
+
+def test_nodes_of_a_tree_share_what_their_level_brings() -> None:
+    nodes = node_rates([0.8, 0.5, 0.5, 0.5], 2.0)
+    products = [math.prod(nodes[: k + 1]) for k in range(4)]
+    assert products == pytest.approx([0.4, 0.4, 0.2, 0.2])
+    assert node_rates([0.8, 0.5], 1.0) == [0.8, 0.5]

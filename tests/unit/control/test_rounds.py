@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -27,6 +27,12 @@ def test_exact_acceptance_takes_the_place_of_outcomes() -> None:
 def test_round_seconds_are_those_of_the_worked_table() -> None:
     seconds = RoundCosts(COSTS, 4).seconds(context(), "model")
     assert seconds == pytest.approx([0.020, 0.023, 0.0255, 0.028, 0.0345])
+
+
+def test_a_tree_whose_longest_path_was_accepted_shows_no_rejection() -> None:
+    tree = replace(record(3, 9), num_levels=3)
+    assert labels(tree) == (1.0, 1.0, 1.0)
+    assert labels(replace(tree, num_accepted=2)) == (1.0, 1.0, 0.0)
 
 
 def test_batch_rounds_are_shared_evenly() -> None:

@@ -1,4 +1,4 @@
-"""`specdecpp` and the head that it shares with `disco`."""
+"""`specdecpp`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paceline.control.heads import LogisticHead, logit
+from paceline.control.heads import HeadSet, LogisticHead
 from paceline.control.specdecpp import SpecDecPp, SpecDecPpOptions, stop_threshold
 from paceline.errors import OptionError
 from unit.control.kit import context, costs, shown
@@ -44,25 +44,17 @@ def test_shortest_draft_is_kept_and_each_round_starts_anew(tmp_path: Path) -> No
     assert tokens_drafted(controller, [0.99] * 30) == 20
 
 
-def test_built_in_head_trusts_confident_tokens_more() -> None:
-    head = SpecDecPp(SpecDecPpOptions(), costs()).head
-    sure, unsure = head.probability(shown(max_prob=0.99, entropy=0.05)), head.probability(shown(max_prob=0.2, entropy=2.5))
-    assert sure > 0.8 > 0.5 > unsure
-
-
-def test_logit_is_finite_at_the_ends() -> None:
-    assert logit(0.0) == pytest.approx(-logit(1.0))
+def test_the_round_is_judged_by_the_head_of_its_drafter(tmp_path: Path) -> None:
+    sure, unsure = LogisticHead(("max_logit",), (0.0,), 5.0), LogisticHead(("max_logit",), (0.0,), -5.0)
+    path = tmp_path / "heads.json"
+    path.write_text(json.dumps(HeadSet({"any": sure, "model": unsure}).to_json()))
+    controller = SpecDecPp(SpecDecPpOptions(head=str(path), k_min=1), costs())
+    controller.plan(context(drafter="early_exit"))
+    assert controller.keep_drafting(0, shown())
+    controller.plan(context(drafter="model:some/folder"))
+    assert not controller.keep_drafting(0, shown())
 
 
 def test_unreadable_head_is_refused(tmp_path: Path) -> None:
-    broken = tmp_path / "broken.json"
-    broken.write_text('{"inputs": ["max_prob"], "weights": [1, 2], "bias": 0}')
-    with pytest.raises(OptionError, match="weights"):
-        SpecDecPp(SpecDecPpOptions(head=str(broken)), costs())
     with pytest.raises(OptionError, match="missing"):
         SpecDecPp(SpecDecPpOptions(head=str(tmp_path / "missing.json")), costs())
-
-
-def test_unknown_head_input_is_refused() -> None:
-    with pytest.raises(OptionError, match="choose from"):
-        LogisticHead(("hidden_state",), (1.0,), 0.0)

@@ -16,18 +16,8 @@ from paceline.control.base import Controller, RoundContext
 from paceline.errors import OptionError
 from paceline.records import Plan, StepRecord
 from paceline.study.regimes import CPU_NATIVE, CURVES, CostCurve, Regime, Stream, all_regimes, make_regimes
-from paceline.study.replay import (
-    Simulator,
-    World,
-    controller_names,
-    draw_world,
-    hindsight_seconds,
-    make_controller,
-    pick_regimes,
-    plot_replay,
-    run_replay,
-    run_world,
-)
+from paceline.study.replay import controller_names, make_controller, pick_regimes, plot_replay, run_replay, run_world
+from paceline.study.simulator import Simulator, World, draw_world, hindsight_seconds
 
 REGIMES = all_regimes()
 
@@ -118,24 +108,56 @@ def test_plans_beyond_what_is_available_are_refused() -> None:
 
 
 def brute_force(world: World) -> float:
-    """Least time over all sequences of lengths, by trying them."""
+    """Least time over all sequences of lengths, by trying them; the draft reads the prompt unless it is never used."""
     table, (stream,), n = world.regime.table(), world.streams, world.tokens
 
-    def best(at: int) -> float:
+    def best(at: int, longest: int) -> float:
         if at == n:
             return 0.0
         context, options = world.regime.prompt_tokens + at, []
-        for k in range(min(16, n - at - 1) + 1):
+        for k in range(min(longest, n - at - 1) + 1):
             seconds = table.t_draft(stream.drafter, k) + table.t_verify(k + 1, context) + (table.round_overhead if k else 0)
-            options.append(seconds + best(at + stream.run_length(at, k) + 1))
+            options.append(seconds + best(at + stream.run_length(at, k) + 1, longest))
         return min(options)
 
-    return best(0)
+    return min(best(0, 0), best(0, 16) + table.drafters[stream.drafter].per_catch_up * world.regime.prompt_tokens)
 
 
-def test_hindsight_is_the_optimum_over_all_choices() -> None:
-    world = draw_world(REGIMES["cliff@cpu-native"], 3, 9)
+@pytest.mark.parametrize("prompt_tokens", [0, 20, 6000])
+@pytest.mark.parametrize("shape", ["cliff", "bluff"])
+def test_hindsight_is_the_optimum_over_all_choices(shape: str, prompt_tokens: int) -> None:
+    world = draw_world(replace(REGIMES[f"{shape}@cpu-native"], prompt_tokens=prompt_tokens), 3, 9)
     assert hindsight_seconds(world) == pytest.approx(brute_force(world))
+
+
+def test_bluff_lets_drafts_pass_until_the_controller_commits() -> None:
+    for name, accepted in (("fixed_3", 3), ("fixed_4", 0)):
+        assert {r.num_accepted for r in run(name, "bluff@cpu-native", 200) if r.num_drafted == int(name[-1])} == {accepted}
+
+
+def test_a_model_draft_first_reads_the_prompt_and_then_what_it_missed() -> None:
+    regime = replace(REGIMES["high@cpu-native"], noise=0.0, prompt_tokens=500)
+    seen: list[int] = []
+
+    class EveryThird(Controller):
+        name = "every third"
+
+        def plan(self, context: RoundContext) -> Plan:
+            seen.append(context.outlooks[0].catch_up)
+            return Plan("model", 1) if len(seen) % 3 == 1 and context.max_draft else Plan(None, 0)
+
+    records: list[StepRecord] = []
+    Simulator(draw_world(regime, 0, 100), EveryThird(), records.append).run()
+    assert seen[0] == 500
+    full = records[0].num_accepted == 1
+    assert seen[1:4] == [full, full + 1, full + 2]
+    assert records[0].draft_seconds == pytest.approx(0.0012 + 500 * 0.00017)
+
+
+def test_drift_glides_between_its_levels() -> None:
+    (stream,) = draw_world(REGIMES["drift@cpu-native"], 0, 1000).streams
+    assert (stream.accept[0], stream.accept[500]) == pytest.approx((0.9, 0.1))
+    assert max(abs(a - b) for a, b in itertools.pairwise(stream.accept)) < 0.01
 
 
 @pytest.mark.parametrize("regime", ["mid@cpu-native", "bursty@gpu-8b", "adversarial@llama.cpp"])

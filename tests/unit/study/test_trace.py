@@ -6,27 +6,29 @@ import importlib.util
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from paceline.control import registry
+from paceline.control.base import RoundContext
 from paceline.costs import CostTable, DraftCost
 from paceline.errors import OptionError, ResourceError
 from paceline.records import DraftFeatures, Outlook, StepRecord
-from paceline.study.regimes import MAX_DRAFT, all_regimes
-from paceline.study.replay import Simulator, draw_world, run_replay
+from paceline.study.regimes import MAX_DRAFT, Stream, all_regimes
+from paceline.study.replay import run_replay
+from paceline.study.simulator import Simulator, draw_world
 from paceline.study.trace import (
     Round,
+    Survey,
     Trace,
     TraceWriter,
     Tracing,
     acceptance_by_depth,
-    fit_head,
     read_trace,
     trace_regime,
-    training_rows,
     write_parquet,
 )
 
@@ -125,28 +127,6 @@ def test_no_text_is_recorded(tmp_path: Path) -> None:
         assert "tokens" not in json.loads(line)["record"]
 
 
-def test_training_rows_leave_unobserved_tokens_out() -> None:
-    rounds = [finished(1, 4, probs=(0.9, 0.8, 0.7, 0.6)), finished(2, 2, probs=(0.5, 0.4))]
-    x, y = training_rows(rounds, ("max_prob", "recent"))
-    assert y.tolist() == [1, 0, 1, 1]
-    np.testing.assert_allclose(x, [[0.9, 1.0], [0.8, 1.0], [0.5, 0.25], [0.4, 0.25]])
-
-
-def test_fit_recovers_the_odds_that_made_the_labels() -> None:
-    rng, rounds = random.Random(0), []
-    for _ in range(4000):
-        prob = rng.uniform(0.05, 0.95)
-        rounds.append(finished(int(rng.random() < prob), 1, probs=(prob,)))
-    head = fit_head(rounds, ("max_logit",), l2=1e-6)
-    assert head.weights[0] == pytest.approx(1.0, abs=0.1)
-    assert head.bias == pytest.approx(0.0, abs=0.1)
-
-
-def test_fit_without_features_is_refused() -> None:
-    with pytest.raises(OptionError, match="no drafted token has features"):
-        fit_head([finished(1, 2)], ("max_prob",))
-
-
 def test_acceptance_by_depth_counts_censored_rounds_only_as_far_as_they_went() -> None:
     """60 rounds of 2 of 2 and 40 of 0 of 4: depth 1: 60 of 100; depth 2: 60 of 60; depth 3: never seen."""
     hazard = acceptance_by_depth([finished(2, 2)] * 60 + [finished(0, 4)] * 40, "model")
@@ -183,6 +163,48 @@ def test_recorded_times_scale_the_cost_table() -> None:
     rounds = tuple(finished(1, 3, verify=2 * COSTS.t_verify(4, 10)) for _ in range(9))
     table = trace_regime(Trace(rounds, "fixed", COSTS)).table()
     assert table.t_verify(1, 10) == pytest.approx(0.020)
+
+
+def test_recorded_times_scale_each_drafter() -> None:
+    rounds = [finished(1, 4, verify=COSTS.t_verify(5, 10)) for _ in range(5)]
+    slow = [Round(replace(r.record, draft_seconds=3 * COSTS.t_draft("model", 4)), r.features, r.outlooks) for r in rounds]
+    table = trace_regime(Trace(tuple(slow), "fixed", COSTS)).table()
+    assert table.drafters["model"].per_token == pytest.approx(0.003)
+
+
+def test_rounds_with_a_long_lag_tell_what_catching_up_costs() -> None:
+    def round_with(lag: int, seconds: float) -> Round:
+        done = finished(1, 4, verify=0.011)
+        return Round(replace(done.record, draft_seconds=seconds), (), (Outlook("model", 16, catch_up=lag),))
+
+    rounds = (*(round_with(0, 0.004) for _ in range(5)), *(round_with(100, 0.004 + 100 * 0.0002) for _ in range(3)))
+    cost = trace_regime(Trace(rounds, "fixed", COSTS)).table().drafters["model"]
+    assert (cost.per_token, cost.per_catch_up) == pytest.approx((0.001, 0.0002))
+
+
+def test_survey_drafts_with_every_able_drafter_in_turn() -> None:
+    survey = Survey(num_draft=6)
+    context = RoundContext(0, 10, 5, (Outlook("a", 9), Outlook("b", 2), Outlook("c", 0)))
+    plans = [survey.plan(context) for _ in range(4)]
+    assert sorted({(p.drafter, p.num_draft) for p in plans}) == [("a", 5), ("b", 2)]
+    assert [p.drafter for p in plans[:2]] == [p.drafter for p in plans[2:]]
+    assert survey.plan(replace(context, max_draft=0)).drafter is None
+
+
+def test_a_survey_of_two_drafters_replays_with_the_acceptance_of_each(tmp_path: Path) -> None:
+    world = draw_world(all_regimes()["both@cpu-native"], 1, 3000)
+    with TraceWriter(tmp_path / "a.jsonl", "survey", world.regime.table()) as writer:
+        Simulator(world, Tracing(Survey(), writer)).run()
+    regime = trace_regime(read_trace(tmp_path / "a.jsonl"))
+    streams = {s.drafter: s for s in regime.build(random.Random(0), 0)}
+
+    def mean_acceptance(stream: Stream) -> float:
+        return float(np.mean([a for a, n in zip(stream.accept, stream.available, strict=True) if n]))
+
+    for real in world.streams:
+        assert mean_acceptance(streams[real.drafter]) == pytest.approx(mean_acceptance(real), abs=0.15)
+    rows = run_replay([regime], ["plain", "pacer"], tokens=10_000)["results"]
+    assert rows[1]["speedup_vs_plain"] > 1.1
 
 
 def test_replaying_the_recording_controller_gives_the_recorded_acceptance(tmp_path: Path) -> None:
