@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -68,6 +68,21 @@ def create_runner(source: ModelSource, config: RunnerConfig) -> Runner:
     raise ModelError(f"{source.name} cannot run on {device} at precision {config.precision}: {'; '.join(reasons)}")
 
 
+def create_graded(source: ModelSource, config: RunnerConfig, narrow: str, wide: str) -> Runner:
+    """Load a model with every layer in two precisions, on the first backend that has both; see `Runner.set_grades`.
+
+    Raises as `create_runner`.
+    """
+    device, precision = choose_device(config.device), f"{narrow}+{wide}"
+    reasons = []
+    for backend in _backends(device, replace(config, backend="lean")):  # names it, so that it is there on a GPU too
+        reason = backend.reason(source, precision)
+        if reason is None:
+            return backend.build(source, precision)
+        reasons.append(f"{backend.name}: {reason}")
+    raise ModelError(f"{source.name} cannot run on {device} at precision {precision}: {'; '.join(reasons)}")
+
+
 def choose_device(device: str) -> str:
     """`auto` resolved to `cuda` where there is one, else `cpu`; others checked. Raises OptionError."""
     if device == "auto":
@@ -88,7 +103,8 @@ def _backends(device: str, config: RunnerConfig) -> list[_Backend]:
     if device == "cpu":
         build = partial(_build_native, threads=config.threads, max_context=config.max_context)
         return [_Backend("native", _native_reason, build, keeps_blocks=True), lean, hf]
-    cuda = _Backend("cuda", _cuda_reason, partial(_build_cuda, device=device, max_context=config.max_context))
+    build_cuda = partial(_build_cuda, device=device, max_context=config.max_context, memory_gb=config.memory_gb)
+    cuda = _Backend("cuda", _cuda_reason, build_cuda)
     return [cuda, hf, *([lean] if config.backend == "lean" else [])]
 
 
@@ -134,10 +150,12 @@ def _cuda_reason(source: ModelSource, precision: str) -> str | None:
     return CudaRunner.unsupported_reason(source, precision)
 
 
-def _build_cuda(source: ModelSource, precision: str, device: str, max_context: int | None) -> Runner:
+def _build_cuda(source: ModelSource, precision: str, device: str, max_context: int | None, memory_gb: float | None) -> Runner:
+    from paceline.execution.cuda.memory import held
     from paceline.execution.cuda.runner import CudaRunner
 
-    return CudaRunner(source, precision, device=device, max_context=max_context)
+    left = None if memory_gb is None else int(memory_gb * 1e9) - held(f"cuda:{torch.device(device).index or 0}")
+    return CudaRunner(source, precision, device=device, max_context=max_context, memory_bytes=left)
 
 
 def _choose_precision(source: ModelSource, backend: _Backend, device: str) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from paceline.errors import ModelError
 from paceline.models.base import ModelSource, first_line
 from paceline.models.default import DEFAULT_NAME, require_default_model
 
+_UPSCALED = "upscaled:"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.safetensors")
 _HUB_SECONDS = 10.0
@@ -20,12 +21,15 @@ _HUB_PICKLES = ("pytorch_model*.bin",)
 def open_model(name: str | None = None, *, progress: Callable[[str], None] | None = None) -> ModelSource:
     """Find and open a model; its weights are not read yet.
 
-    name: `default` (or None), a .gguf file, a model folder, or a hub name such as `HuggingFaceTB/SmolLM2-360M-Instruct`.
+    name: `default` (or None), a .gguf file, a model folder, a hub name such as `HuggingFaceTB/SmolLM2-360M-Instruct`, or any of
+    these at the cost of a larger one, for studies: `upscaled:8b:default` (`models.upscale`).
     progress: told in words what takes long (a conversion, a download).
     Raises ModelError (CacheError when a conversion cannot be stored), a line that names the value and the remedy.
     """
     if name is None or name == DEFAULT_NAME:
         return _open_file(require_default_model(), DEFAULT_NAME, progress)
+    if name.startswith(_UPSCALED):
+        return _open_upscaled(name, progress)
     path = Path(name).expanduser()
     if path.is_file():
         return _open_file(path, name, progress)
@@ -49,6 +53,18 @@ def _open_file(path: Path, name: str, progress: Callable[[str], None] | None) ->
     if path.suffix.lower() in (".safetensors", ".bin", ".json"):
         raise ModelError(f"model = {name!r}: a single file of a model; name its folder instead")
     return open_gguf(path, name=name, progress=progress)
+
+
+def _open_upscaled(name: str, progress: Callable[[str], None] | None) -> ModelSource:
+    import torch
+
+    from paceline.models.upscale import SHAPES, UpscaledSource
+
+    shape, _, inner = name.removeprefix(_UPSCALED).partition(":")
+    if shape not in SHAPES or not inner:
+        raise ModelError(f"model = {name!r}: say {_UPSCALED}SHAPE:MODEL with a shape of {', '.join(SHAPES)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return UpscaledSource(open_model(inner, progress=progress), SHAPES[shape], device=device)
 
 
 def _open_folder(folder: Path, name: str) -> ModelSource:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from paceline.errors import OptionError
+from paceline.execution.base import Segment
 from paceline.execution.cuda.linears import MAX_ROWS
 
 TAIL = 128
@@ -52,12 +55,7 @@ class Layout:
         device = tables.device
         self.tables = tables
         self._words = torch.zeros(_WORDS, dtype=torch.int32, device=device)
-        lines = self._words[: (len(_FIELDS) + 3) * MAX_ROWS].view(-1, MAX_ROWS)
-        self.tokens, self.lengths, self.depths, self.indices, self.sequences = lines[:5]
-        self.blocks = lines[5:]
-        """[3, 64]: first row, number of rows, sequence of each block of query rows."""
-        self.paths = self._words[lines.numel() :].view(torch.uint8).view(MAX_ROWS, MAX_ROWS)
-        """[64, 64] uint8: the token of the row's segment at each depth of its path."""
+        self._place_words()
         self.positions = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
         self.slots = torch.zeros_like(self.positions)
         self.tails = torch.zeros(MAX_ROWS, TAIL, dtype=torch.int32, device=device)
@@ -68,6 +66,21 @@ class Layout:
         self._stages = [torch.zeros(_WORDS, dtype=torch.int32, pin_memory=pinned) for _ in range(_STAGES)]
         self._copied: list[Any] = [torch.cuda.Event() for _ in self._stages] if pinned else []  # type: ignore[no-untyped-call]
         self._turn = 0
+
+    def _place_words(self) -> None:
+        lines = self._words[: (len(_FIELDS) + 3) * MAX_ROWS].view(-1, MAX_ROWS)
+        self.tokens, self.lengths, self.depths, self.indices, self.sequences = lines[:5]
+        self.blocks = lines[5:]
+        """[3, 64]: first row, number of rows, sequence of each block of query rows."""
+        self.paths = self._words[lines.numel() :].view(torch.uint8).view(MAX_ROWS, MAX_ROWS)
+        """[64, 64] uint8: the token of the row's segment at each depth of its path."""
+
+    def twin(self) -> Layout:
+        """Another description over the same scratch memory, for forwards that are never under way at the same time."""
+        other = copy.copy(self)
+        other._words = torch.zeros_like(self._words)
+        other._place_words()
+        return other
 
     def clear(self) -> None:
         """Describe a forward whose rows touch nothing that anyone reads."""
@@ -120,6 +133,23 @@ def _describe_tree(parents: Sequence[int], depths: np.ndarray, paths: np.ndarray
         paths[node, depth] = node
 
 
+def check(segments: Sequence[Segment], vocab: int) -> None:
+    """Raises OptionError for segments that make no sense."""
+    if len({id(segment.sequence) for segment in segments}) < len(segments):
+        raise OptionError("segments: a sequence may appear only once in a forward")
+    for segment in segments:
+        count = len(segment.tokens)
+        if count == 0:
+            raise OptionError("tokens: a segment needs at least one token")
+        if segment.parents is not None and (len(segment.parents) != count or count > MAX_ROWS):
+            raise OptionError(f"parents: {len(segment.parents)} given for {count} tokens; a tree holds {MAX_ROWS} at most")
+        if segment.num_logits is not None and not 0 <= segment.num_logits <= count:
+            raise OptionError(f"num_logits = {segment.num_logits}: must be in 0 .. {count}")
+        low, high = min(segment.tokens), max(segment.tokens)
+        if low < 0 or high >= vocab:
+            raise OptionError(f"tokens: id {low if low < 0 else high} is outside the vocabulary of {vocab}")
+
+
 def bucket(rows: int) -> int:
     """The captured number of rows that holds these."""
     return next(b for b in ROW_BUCKETS if b >= rows)
@@ -145,17 +175,22 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def replay(self, key: object, run: Callable[[], None], clear: Callable[[], None], fill: Callable[[], None]) -> None:
-        """Run a captured function on inputs that `fill` puts in place, capturing it first if need be.
+    def prepare(self, key: object, run: Callable[[], None], clear: Callable[[], None]) -> bool:
+        """Capture a function unless that was done; returns whether it was captured now.
 
         clear: puts inputs in place with which a trial run before the capture does no harm.
         """
-        graph = self._graphs.get(key)
-        if graph is None:
-            clear()
-            graph = self._graphs[key] = self._capture(run)
+        if key in self._graphs:
+            return False
+        clear()
+        self._graphs[key] = self._capture(run)
+        return True
+
+    def replay(self, key: object, run: Callable[[], None], clear: Callable[[], None], fill: Callable[[], None]) -> None:
+        """Run a captured function on inputs that `fill` puts in place, capturing it first if need be."""
+        self.prepare(key, run, clear)
         fill()
-        graph.replay()
+        self._graphs[key].replay()
 
     def again(self, key: object) -> None:
         """Replay a graph that was captured, on the inputs that are in place."""

@@ -84,11 +84,19 @@ class Decoder:
         self.squares = torch.zeros(spec.hidden // _TILE, MAX_ROWS, device=self._device)
         self.logits = zeros(self.head.packed.padded_rows, torch.float32)
 
+    def _linears(self) -> list[PackedLinear]:
+        return [m for layer in self.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)] + [self.head]
+
     @property
     def weight_bytes(self) -> int:
         """Bytes that a forward reads."""
-        linears = [m for layer in self.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        return sum(linear.packed.num_bytes for linear in (*linears, self.head))
+        return sum(linear.packed.num_bytes for linear in self._linears())
+
+    def move(self, device: torch.device) -> None:
+        """Take the weights to another device; buffers stay where they are."""
+        for linear in self._linears():
+            linear.move(device)
+        self.embedding = self.embedding.to(device)
 
     def _layer(self, weights: LayerWeights, window: int | None) -> _Layer:
         return _Layer(
@@ -156,7 +164,7 @@ class Decoder:
                 window=layer.window,
                 overlap=overlap,
             )
-            layer.o.launch("residual", rows, self.attended, self.x, ahead=layer.gate_up, **residual)
+            layer.o.launch("residual", rows, self.attended, self.x, **residual)
             layer.gate_up.launch("gated", rows, self.x, self.gated, gelu=gelu, **norm)
             layer.down.launch("residual", rows, self.gated, self.x, **residual)
         self.head.launch("logits", rows, self.x, self.logits, out_stride=self.logits.shape[1], **norm)

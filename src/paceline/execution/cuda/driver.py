@@ -1,4 +1,5 @@
-"""Compiling and launching `skinny.cu`: NVRTC and the CUDA driver through `cuda.bindings`, which CUDA builds of torch bring along.
+"""Compiling and launching the CUDA C++ kernels: NVRTC and the CUDA driver through `cuda.bindings`, which CUDA builds of torch
+bring along.
 
 torch's own launchers do not know programmatic dependent launch. Binaries are kept in the cache folder.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.resources import files
 from typing import Any
@@ -32,12 +34,12 @@ def missing_reason() -> str | None:
 class Kernel:
     """A compiled function of one compilation unit."""
 
-    def __init__(self, source: str, name: str, defines: dict[str, int], shared_bytes: int = 0) -> None:
-        """source: file of this package. shared_bytes: most dynamic shared memory that a launch will ask for.
+    def __init__(self, parts: Sequence[str], name: str, defines: dict[str, int], shared_bytes: int = 0) -> None:
+        """parts: files of this package, one after another. shared_bytes: most dynamic shared memory of a launch.
 
         Compiles it unless the cache folder holds the binary. Raises ModelError.
         """
-        text = files(__package__).joinpath(source).read_bytes()
+        text = b"\n".join(files(__package__).joinpath(part).read_bytes() for part in parts)
         self._module = _checked(driver.cuModuleLoadData(_binary(text, defines)))
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
         if shared_bytes:

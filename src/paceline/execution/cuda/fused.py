@@ -103,19 +103,34 @@ def _best_of_row(parts, indices, NUM_BLOCKS, tokens, evidence, PADDED: tl.conste
     tl.store(evidence + row * 3 + 2, (1.0 - tl.exp(below - best)) / total)
 
 
-@triton.jit
-def _advance(best, evidence, tokens, lengths, step, history, evidence_history, ROWS: tl.constexpr):
-    """Every row's best token becomes its next one; both histories get a line."""
-    row = tl.program_id(0)
-    token = tl.load(best + row)
-    at = tl.load(step + row)
-    line = at * ROWS + row
-    tl.store(history + line, token)
+@triton.jit(do_not_specialize=["source", "rows"])
+def _advance(
+    best,
+    evidence,
+    tokens,
+    lengths,
+    line,  # [1] int32
+    history,  # [RING, ROWS] int32
+    evidence_history,  # [RING, ROWS, 3] f32
+    source,
+    rows,
+    RING: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROW: tl.constexpr,
+):
+    """Best tokens of the rows from `source` on become the next inputs; both histories get a line. One program."""
+    row = tl.arange(0, ROWS)
+    live = row < rows
+    token = tl.load(best + source + row, mask=live, other=0)
+    at = tl.load(line)
+    place_of = at * ROWS + row
+    tl.store(history + place_of, token, mask=live)
     for i in tl.static_range(3):
-        tl.store(evidence_history + line * 3 + i, tl.load(evidence + row * 3 + i))
-    tl.store(tokens + row, tl.maximum(token, 0))
-    tl.store(lengths + row, tl.load(lengths + row) + 1)
-    tl.store(step + row, at + 1)
+        tl.store(evidence_history + place_of * 3 + i, tl.load(evidence + (source + row) * 3 + i, mask=live), mask=live)
+    tl.store(tokens + row, tl.maximum(token, 0), mask=live)
+    if GROW:
+        tl.store(lengths + row, tl.load(lengths + row, mask=live, other=0) + 1, mask=live)
+    tl.store(line, (at + 1) % RING)
 
 
 def embed(embedding: torch.Tensor, layout: Any, x: torch.Tensor, squares: torch.Tensor, rows: int, scale: float) -> None:
@@ -167,9 +182,19 @@ class BestToken:
 
 
 def advance(
-    best: BestToken, layout: Any, step: torch.Tensor, history: torch.Tensor, evidence_history: torch.Tensor, rows: int
+    best: BestToken,
+    layout: Any,
+    line: torch.Tensor,
+    history: torch.Tensor,
+    evidence_history: torch.Tensor,
+    rows: int,
+    source: int,
+    grow: bool,
 ) -> None:
-    """Feed each row its own best token next. step: [rows] int32; histories: [steps, MAX_ROWS] and [steps, MAX_ROWS, 3]."""
-    histories = (step, history, evidence_history)
-    width = history.shape[1]
-    _advance[(rows,)](best.tokens, best.evidence, layout.tokens, layout.lengths, *histories, ROWS=width, num_warps=1)
+    """Feed each row of `layout` the best token of row `source` + its own next.
+
+    line: [1] int32, where the histories [lines, MAX_ROWS] and [lines, MAX_ROWS, 3] (of the host, pinned) are written next.
+    """
+    lines, width = history.shape
+    outputs = (layout.tokens, layout.lengths, line, history, evidence_history)
+    _advance[(1,)](best.tokens, best.evidence, *outputs, source, rows, RING=lines, ROWS=width, GROW=grow, num_warps=2)

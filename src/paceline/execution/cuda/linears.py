@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from paceline.models.base import QuantBlocks
 
 MAX_ROWS = 64
 EPILOGUES = {"logits": 0, "residual": 1, "gated": 2, "qkv": 3}
+_PARTS = ("formats.cu", "finish.cu", "skinny.cu")
 _LEAST_STEPS = 3
 """A block gets at least so many steps of a small matrix: more blocks would only wait for each other."""
 _SHARED_BYTES = 216_000
@@ -35,7 +36,6 @@ _POINTERS = (
 _NUMBERS = (
     *("k_steps", "tiles", "rows", "num_squares", "out_stride"),
     *("heads", "kv_heads", "head_dim", "gelu", "stages", "exponent"),
-    *("ahead_units", "ahead_unit_bytes", "ahead_bytes"),
 )
 
 
@@ -47,7 +47,6 @@ class _Arguments(ctypes.Structure):
         ("inv_width", ctypes.c_float),
         ("eps", ctypes.c_float),
         *((name, ctypes.c_int) for name in _NUMBERS),
-        ("ahead", ctypes.c_void_p),
     ]
 
 
@@ -57,8 +56,6 @@ class Tuning:
 
     stages: tuple[int, int, int, int] = (3, 6, 6, 4)
     """By format: stages of the ring of a large product at most; more would only queue at the memory."""
-    ahead_bytes: int = 0
-    """What each block of the product behind attention, which leaves the memory idle, asks for of the next one's weights."""
     overlap: bool = True
     """Kernels may start while the one before them ends."""
 
@@ -75,12 +72,12 @@ class Workspace:
 @cache
 def _skinny(format: str, epilogue: str, columns: int, steps: int) -> Kernel:
     defines = {"NT": columns, "FORMAT": FORMATS[format], "EPILOGUE": EPILOGUES[epilogue], "STEPS": steps}
-    return Kernel("skinny.cu", "skinny", defines, _SHARED_BYTES)
+    return Kernel(_PARTS, "skinny", defines, _SHARED_BYTES)
 
 
 @cache
 def _unpacker(format: str) -> Kernel:
-    return Kernel("skinny.cu", "unpack", {"NT": 1, "FORMAT": FORMATS[format], "EPILOGUE": 0, "STEPS": 1})
+    return Kernel(_PARTS, "unpack", {"NT": 1, "FORMAT": FORMATS[format], "EPILOGUE": 0, "STEPS": 1})
 
 
 def ring(format: str, columns: int, steps: int, limit: int = _SHARED_BYTES) -> tuple[int, int]:
@@ -121,7 +118,15 @@ class PackedLinear:
         self._blocks = max(1, min(workspace.blocks, steps // _LEAST_STEPS))
         coarse = self.packed.inputs // STEP % 2 == 0 and steps >= 2 * _FINE_UNITS * self._blocks
         self._steps = 2 if coarse else 1
-        self._units = steps // self._steps
+        self._reference: torch.Tensor | None = None
+        """The unpacked matrix, where there are no kernels."""
+
+    def move(self, device: torch.device) -> None:
+        """Take the weights to another device, for instance to the host's memory and back."""
+        packed = self.packed
+        scales = None if packed.row_scales is None else packed.row_scales.to(device)
+        self.packed = replace(packed, words=packed.words.to(device), row_scales=scales)
+        self.bias = None if self.bias is None else self.bias.to(device)
 
     def launch(
         self,
@@ -131,14 +136,12 @@ class PackedLinear:
         out: torch.Tensor,
         *,
         overlap: bool = True,
-        ahead: PackedLinear | None = None,
         **more: Any,
     ) -> None:
         """out[n] = finish(weight @ x[n]) for n < rows <= 64.
 
         x: column tiles (`packing.column_tiles`). overlap: the kernel before this one may still run (not one that made what the
-        kernels after it read without waiting). ahead: a later product whose first weights shall be in the second-level cache.
-        more: the other members of `Args` by name; tensors are given as such.
+        kernels after it read without waiting). more: the other members of `Args` by name; tensors are given as such.
         """
         packed, columns = self.packed, -(-rows // 8)
         limit = _SHARED_BYTES - (_SPARE_BYTES if epilogue == "qkv" else 0)
@@ -159,15 +162,6 @@ class PackedLinear:
             "exponent": 0x41804180 if packed.format == "int4" else 0x43004300,
             **more,
         }
-        if ahead is not None and self._tuning.ahead_bytes and ahead._blocks == self._blocks:
-            unit_bytes = ahead.packed.words.numel() // ahead._units
-            wanted = min(self._tuning.ahead_bytes, ahead._units // ahead._blocks * unit_bytes) // 16384 * 16384
-            values |= {
-                "ahead": ahead.packed.words,
-                "ahead_units": ahead._units,
-                "ahead_unit_bytes": unit_bytes,
-                "ahead_bytes": wanted,
-            }
         pointers = {k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in values.items() if v is not None}
         kernel = _skinny(packed.format, epilogue, columns, self._steps)
         overlap = overlap and self._tuning.overlap
@@ -188,7 +182,9 @@ class PackedLinear:
         """[rows, inputs] in packed row order."""
         packed = self.packed
         if not packed.words.is_cuda:
-            return unpack(packed).to(dtype)
+            if self._reference is None:
+                self._reference = unpack(packed).to(dtype)
+            return self._reference
         out = torch.empty(packed.padded_rows, packed.inputs, dtype=torch.bfloat16, device=packed.words.device)
         steps = packed.inputs // STEP
         tensors = (packed.words, packed.row_scales, out)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from paceline.errors import ResourceError
 
@@ -22,8 +24,13 @@ class Budget:
     """Activations and the parts of attention's sums."""
     cache: int
 
+    @property
+    def used(self) -> int:
+        """Bytes of weights, buffers, and keys and values."""
+        return self.weights + self.buffers + self.cache
+
     def __str__(self) -> str:
-        rest = self.total - self.weights - self.buffers - self.cache
+        rest = self.total - self.used
         parts = (("weights", self.weights), ("buffers", self.buffers), ("keys and values", self.cache), ("reserve", rest))
         return ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in parts) + f" of {self.total / GIB:.2f} GiB"
 
@@ -44,3 +51,41 @@ def plan(total: int, weights: int, buffers: int, page_bytes: int, wanted_pages: 
             "lower max_context, choose precision int8 or int4, or leave the draft model out"
         )
     return Budget(total, weights, buffers, pages * page_bytes)
+
+
+class Holder(Protocol):
+    """A runner that holds memory of a device."""
+
+    budget: Budget
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def is_offloaded(self) -> bool: ...
+
+    def offload(self) -> int: ...
+
+
+_holders: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def register(holder: Holder) -> None:
+    """Count a runner in, for as long as it lives."""
+    _holders.add(holder)
+
+
+def unregister(holder: Holder) -> None:
+    """Its memory was given back."""
+    _holders.discard(holder)
+
+
+def held(device: str) -> int:
+    """Bytes that all runners of this process hold on a device."""
+    return sum(h.budget.used for h in _holders if h.device == device)
+
+
+def make_room(asking: Holder) -> int:
+    """Offload the weights of the smallest other runner of the same device, most probably a draft. Returns the bytes, 0 for none."""
+    others = [h for h in _holders if h is not asking and h.device == asking.device and not h.is_offloaded]
+    return int(min(others, key=lambda h: h.budget.weights).offload()) if others else 0

@@ -110,6 +110,11 @@ class PagedCache:
         sequence.committed += len(path)
         sequence.staged = 0
 
+    def keep(self, sequence: PagedSequence, length: int) -> None:
+        """Commit whatever lies in the cache up to `length`."""
+        self.check(sequence)
+        sequence.committed, sequence.staged = length, 0
+
     def truncate(self, sequence: PagedSequence, length: int) -> None:
         """Forget committed tokens from `length` on; pages behind it are given back."""
         self.check(sequence)
@@ -135,13 +140,13 @@ class PagedCache:
     def addresses(self, sequence: PagedSequence, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Page and offset of the token slots start .. end - 1, both int64 on the cache's device."""
         slots = torch.arange(start, end)
-        pages = torch.tensor(sequence.pages)[slots // PAGE]
+        pages = torch.tensor(sequence.pages, dtype=torch.int64)[slots // PAGE]
         return pages.to(self.keys.device), (slots % PAGE).to(self.keys.device)
 
     def _move(self, sequence: PagedSequence, moves: list[tuple[int, int]]) -> None:
         base = sequence.committed
         slots = torch.tensor([[base + row, base + place] for row, place in moves])
-        pages = torch.tensor(sequence.pages)[slots // PAGE].to(self.keys.device)
+        pages = torch.tensor(sequence.pages, dtype=torch.int64)[slots // PAGE].to(self.keys.device)
         offsets = (slots % PAGE).to(self.keys.device)
         for cache in (self.keys, self.values):
             moved = cache[:, pages[:, 0], :, offsets[:, 0]]  # a copy, so that no row is overwritten before it is read

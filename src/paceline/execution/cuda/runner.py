@@ -2,46 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
 from paceline.errors import ModelError, OptionError, ResourceError
-from paceline.execution.base import ForwardOutput, Runner, RunnerInfo, Segment, SequenceHandle
-from paceline.execution.cuda.capture import Graphs, Layout, Rows, Shape, bucket, chunk_size, power_of_two
+from paceline.execution.base import DecodedToken, ForwardOutput, Runner, RunnerInfo, Segment, SequenceHandle, prefill
+from paceline.execution.cuda.capture import ROW_BUCKETS, Graphs, Layout, Rows, Shape, bucket, check, chunk_size, power_of_two
 from paceline.execution.cuda.decoder import Decoder, misfit
 from paceline.execution.cuda.driver import missing_reason
 from paceline.execution.cuda.linears import MAX_ROWS, Tuning
-from paceline.execution.cuda.memory import Budget, plan
+from paceline.execution.cuda.memory import GIB, Budget, make_room, plan, register, unregister
 from paceline.execution.cuda.packing import FORMATS
 from paceline.execution.cuda.paging import PAGE, PagedCache, PagedSequence
+from paceline.execution.cuda.stepping import Stepping, Steps, reference_steps
 from paceline.execution.structure import describe_structure, merged_weights
 from paceline.models.base import ModelSource
 
 _MAX_SEQUENCES = 64
 _FULL_SEQUENCES = 32
 """Sequences of full length that the cache has room for, if memory allows."""
+_LEAST_CHUNKS = 8
+"""Of keys in attention's grid: idle blocks of short contexts cost less than more graphs."""
+_USUAL_ROWS = 20
+"""Rows of one sequence for which graphs are captured at the start; others are when they are needed."""
+_PIECEWISE, _SMALL = 512, GIB
+"""Chains up to so many tokens go through the kernels, 64 at a time, in models of fewer bytes."""
 _CACHE_SHARE = 0.5
 """Of the memory that weights leave, for the cache: a draft, another model or a trainer may come."""
-MAX_STEPS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class GreedySteps:
-    """What `CudaRunner.greedy_steps` decoded."""
-
-    tokens: list[list[int]]
-    """[sequences][steps]."""
-    evidence: list[list[tuple[float, float, float]]]
-    """[sequences][steps]: largest probability (the token's own), entropy in nats and margin, at temperature 1."""
 
 
 class CudaRunner(Runner):
     """Runs Llama-like models in `bf16`, `int8`, `fp8` or `int4`. A row's logits have the same bits in any batch, chain or tree."""
+
+    decodes_ahead = True
 
     @staticmethod
     def unsupported_reason(source: ModelSource, precision: str) -> str | None:
@@ -72,7 +70,7 @@ class CudaRunner(Runner):
         reason = spec if isinstance(spec, str) else misfit(spec)
         if reason is not None or isinstance(spec, str):
             raise ModelError(f"{source.name}: {reason}; use backend = 'hf'")
-        self._device = torch.device(device)
+        self._device = torch.device("cpu" if device == "cpu" else f"cuda:{torch.device(device).index or 0}")
         self._spec = spec
         self.budget: Budget
         """What the device's memory was given to."""
@@ -87,7 +85,12 @@ class CudaRunner(Runner):
                 ) from error
             self.budget = self._make_cache(free, limit)
         self._graphs = Graphs()
-        self._steps: _Steps | None = None
+        self._steps: Steps | None = None
+        self._piecewise = _PIECEWISE if self._decoder.weight_bytes < _SMALL else 0
+        """Longest chain that goes through the kernels in pieces."""
+        self.is_offloaded = False
+        """Whether the weights are in the host's memory."""
+        register(self)
         self.info = RunnerInfo(
             backend="cuda",
             precision=precision,
@@ -100,6 +103,13 @@ class CudaRunner(Runner):
             deterministic_rows=self._captures,
             weight_bytes=self._decoder.weight_bytes,
         )
+        if self._captures:
+            self._capture_usual()
+
+    @property
+    def device(self) -> str:
+        """As torch spells it."""
+        return str(self._device)
 
     @property
     def _captures(self) -> bool:
@@ -108,7 +118,7 @@ class CudaRunner(Runner):
     def _make_cache(self, free: int, limit: int) -> Budget:
         spec, decoder = self._spec, self._decoder
         page_bytes = 2 * spec.layers * spec.kv_heads * PAGE * spec.head_dim * 2
-        chunks = self._chunks_of(limit)
+        chunks = self._grid_chunks(limit)
         buffers = 4 * MAX_ROWS * (spec.heads * chunks * (spec.head_dim + 2) + decoder.logits.shape[1])
         weights = decoder.weight_bytes + decoder.embedding.numel() * 2 + decoder.rotary.numel() * 4
         full = -(-limit // PAGE)
@@ -145,17 +155,23 @@ class CudaRunner(Runner):
             self._cache.close(sequence)
 
     def forward(self, segments: Sequence[Segment], *, want_hidden: bool = False) -> ForwardOutput:
-        self._check(segments)
-        with torch.inference_mode(), self._here():
+        check(segments, self._spec.vocab)
+        self._bring_back()
+        while True:
             try:
-                for segment in segments:
-                    self._cache.stage(self._own(segment.sequence), len(segment.tokens))
-                passes = self._passes(segments)
-                parts = [self._pass(part, want_hidden, keep=len(passes) > 1) for part in passes]
+                return self._forward(segments, want_hidden)
             except torch.OutOfMemoryError as error:
-                raise ResourceError(
-                    f"{self._device}: out of memory in a forward ({self.budget}); use fewer sequences or shorter prompts"
-                ) from error
+                if not make_room(self):
+                    raise ResourceError(
+                        f"{self._device}: out of memory in a forward ({self.budget}); use fewer sequences or shorter prompts"
+                    ) from error
+
+    def _forward(self, segments: Sequence[Segment], want_hidden: bool) -> ForwardOutput:
+        with torch.inference_mode(), self._here():
+            for segment in segments:
+                self._cache.stage(self._own(segment.sequence), len(segment.tokens))
+            passes = self._passes(segments)
+            parts = [self._pass(part, want_hidden, keep=len(passes) > 1) for part in passes]
         if len(parts) == 1:
             return parts[0]
         hidden = torch.cat([p.hidden for p in parts if p.hidden is not None]) if want_hidden else None
@@ -163,35 +179,87 @@ class CudaRunner(Runner):
         best = [token for tokens in known for token in tokens] if len(known) == len(parts) else None
         return ForwardOutput(torch.cat([p.logits for p in parts]), hidden, best)
 
-    def greedy_steps(self, sequences: Sequence[SequenceHandle], tokens: Sequence[int], steps: int) -> GreedySteps:
-        """Decode greedily on the device: feed each sequence its token, then `steps` - 1 times its most probable next one.
+    def decode_ahead(
+        self, sequence: SequenceHandle, feed: Sequence[int], most: int, keep_on: Callable[[DecodedToken], bool]
+    ) -> list[DecodedToken]:
+        """See `Runner.decode_ahead`. The device decodes a token while the host reads the one before."""
+        own = self._own(sequence)
+        if most < 1:
+            raise OptionError(f"most = {most}: must be at least 1")
+        check([Segment(own, feed)], self._spec.vocab)
+        if len(feed) > MAX_ROWS:
+            prefill(self, own, feed[:-1])
+            feed = feed[-1:]
+        self._bring_back()
+        start, decoded, issued, going = own.committed, list[DecodedToken](), 1, True
+        issue, read = self._begin_steps(own, feed, most) if self._captures else reference_steps(self, own, feed)
+        while len(decoded) < issued:
+            if going and issued < most:
+                issue()
+                issued += 1
+            token = read()
+            if token.token < 0:  # logits that are not finite
+                break
+            decoded.append(token)
+            going = going and keep_on(token)
+        self._cache.keep(own, start + len(feed) + max(0, len(decoded) - 1))
+        return decoded
 
-        Commits the fed tokens (`steps` a sequence); the last decoded one is not fed. One wait for the device in all.
-        Raises OptionError, ResourceError.
-        """
-        if not 1 <= steps <= MAX_STEPS or not 1 <= len(sequences) <= MAX_ROWS or not self._captures:
-            raise OptionError(
-                f"steps = {steps}, sequences = {len(sequences)}: 1 to {MAX_STEPS} steps of 1 to {MAX_ROWS} sequences, on a GPU"
-            )
-        own = [self._own(sequence) for sequence in sequences]
-        self._check([Segment(sequence, [token]) for sequence, token in zip(own, tokens, strict=True)])
+    def _begin_steps(self, own: PagedSequence, feed: Sequence[int], most: int) -> Stepping:
+        """Issue the first step; returns what issues another one, and what waits for the next one's token."""
+        steps = self._make_steps()
         with torch.inference_mode(), self._here():
-            if self._steps is None:
-                self._steps = _Steps(self._device)
-            for sequence in own:
-                self._cache.stage(sequence, steps)
-            batch = [Rows(s.slot, s.committed, [token], None) for s, token in zip(own, tokens, strict=True)]
-            shape = self._shape(batch, longest=max(s.committed for s in own) + steps)
-            self._graphs.replay(("steps", shape), partial(self._step, shape), self._clear, partial(self._fill_steps, batch, shape))
-            for _ in range(steps - 1):
-                self._graphs.again(("steps", shape))
-            result = self._steps.read(steps, len(own))
-            for sequence in own:
-                self._cache.accept(sequence, range(steps))
-        return result
+            self._cache.stage(own, len(feed) + most - 1)
+            first = Rows(own.slot, own.committed, feed, None)
+            later = Rows(own.slot, own.committed + len(feed), feed[:1], None)
+            shape, step = self._shape([first]), self._shape([later], longest=later.length + most)
+            key, run = ("steps", step), partial(self._step, steps, step)
+            if self._graphs.prepare(key, run, steps.layout.clear):
+                steps.restart()
+            steps.layout.fill([later], step)
+            self._replay(shape, [first])
+            steps.advance(self._best, 1, source=len(feed) - 1, grow=False)
+            lines = deque([steps.issued()])
+
+        def issue() -> None:
+            with self._here():
+                self._graphs.again(key)
+                lines.append(steps.issued())
+
+        return issue, lambda: steps.read(lines.popleft())
+
+    def offload(self) -> int:
+        """Move the weights to the host's memory and return their bytes; keys and values stay. The next forward brings them back.
+
+        Graphs are captured anew afterwards. Called for the smallest other model when a forward runs out of memory.
+        """
+        if self.is_offloaded:
+            return 0
+        with torch.inference_mode(), self._here():
+            self._graphs = Graphs()
+            self._decoder.move(torch.device("cpu"))
+            self.is_offloaded = True
+            if self._captures:
+                torch.cuda.empty_cache()
+        return self.budget.weights
+
+    def _bring_back(self) -> None:
+        """Undo `offload`. Raises ResourceError when there is still no room."""
+        if not self.is_offloaded:
+            return
+        need, free = self.budget.weights + GIB, _free_bytes(self._device)
+        if free < need:
+            raise ResourceError(
+                f"{self._device}: the model was moved to the host's memory and does not fit back: {need / GIB:.2f} GiB needed, "
+                f"{free / GIB:.2f} GiB free; use fewer sequences, shorter prompts, or no draft model"
+            )
+        with torch.inference_mode(), self._here():
+            self._decoder.move(self._device)
+        self.is_offloaded = False
 
     def shutdown(self) -> None:
         """Give the device's memory back; the runner is of no use afterwards."""
+        unregister(self)
         del self._graphs, self._decoder, self._cache, self._layout, self._best
 
     # ---------- passes ----------
@@ -211,19 +279,19 @@ class CudaRunner(Runner):
 
     def _pass(self, segments: list[Segment], want_hidden: bool, keep: bool) -> ForwardOutput:
         """keep: the result must outlive the next pass."""
-        first = segments[0]
+        first, offset = segments[0], 0
         if len(first.tokens) > MAX_ROWS or not self._captures:
-            sequence = self._own(first.sequence)
-            logits, hidden = self._decoder.dense(first.tokens, sequence, self._cache, first.parents, _wanted(first))
-            return ForwardOutput(logits, hidden if want_hidden else None)
-        batch = [self._rows(segment) for segment in segments]
-        shape = self._shape(batch)
-        run = partial(self._decoder.kernels, self._layout, self._cache, shape, self._best)
-        self._graphs.replay(shape, run, self._clear, partial(self._layout.fill, batch, shape))
+            if not self._takes_pieces(first):
+                sequence = self._own(first.sequence)
+                logits, hidden = self._decoder.dense(first.tokens, sequence, self._cache, first.parents, _wanted(first))
+                return ForwardOutput(logits, hidden if want_hidden else None)
+            offset = self._feed_pieces(first)
+        batch = [self._rows(segment, offset) for segment in segments]
+        self._replay(self._shape(batch), batch)
         rows: list[int] = []
         start = 0
-        for segment in segments:
-            end = start + len(segment.tokens)
+        for segment, part in zip(segments, batch, strict=True):
+            end = start + len(part.tokens)
             rows.extend(range(end - _wanted(segment), end))
             start = end
         logits = self._decoder.logits[:start, : self._spec.vocab]
@@ -235,9 +303,23 @@ class CudaRunner(Runner):
             states = states[index] if states is not None else None
         return ForwardOutput(logits.clone() if keep else logits, states, best)
 
-    def _rows(self, segment: Segment) -> Rows:
+    def _takes_pieces(self, segment: Segment) -> bool:
+        """Whether the kernels, 64 rows at a time, are faster for a chain than the library, which needs all weights unpacked."""
+        return (
+            self._captures and segment.parents is None and len(segment.tokens) <= self._piecewise and _wanted(segment) <= MAX_ROWS
+        )
+
+    def _feed_pieces(self, segment: Segment) -> int:
+        """Feed a long chain but for its last 64 tokens, and return how many; they stay uncommitted like the rest."""
+        own, fed = self._own(segment.sequence), len(segment.tokens) - MAX_ROWS
+        for start in range(0, fed, MAX_ROWS):
+            piece = Rows(own.slot, own.committed + start, segment.tokens[start : min(start + MAX_ROWS, fed)], None)
+            self._replay(self._shape([piece]), [piece])
+        return fed
+
+    def _rows(self, segment: Segment, offset: int = 0) -> Rows:
         sequence = self._own(segment.sequence)
-        return Rows(sequence.slot, sequence.committed, segment.tokens, segment.parents)
+        return Rows(sequence.slot, sequence.committed + offset, segment.tokens[offset:], segment.parents)
 
     def _shape(self, batch: Sequence[Rows], longest: int = 0) -> Shape:
         from paceline.execution.cuda.attention import block_tokens
@@ -246,25 +328,37 @@ class CudaRunner(Runner):
         tokens = block_tokens(self._spec.heads // self._spec.kv_heads, max(counts))
         blocks = power_of_two(sum(-(-count // tokens) for count in counts))
         end = max(longest, *(rows.length + len(rows.tokens) for rows in batch))
-        return Shape(bucket(sum(counts)), min(blocks, MAX_ROWS), tokens, power_of_two(self._chunks_of(end)))
+        return Shape(bucket(sum(counts)), min(blocks, MAX_ROWS), tokens, self._grid_chunks(end))
 
-    def _chunks_of(self, length: int) -> int:
-        """Chunks of keys in attention's grid that serve rows at positions below `length`."""
-        return max(1, -(-(length // PAGE * PAGE) // chunk_size(self._spec.head_dim)))
+    def _grid_chunks(self, length: int) -> int:
+        """Chunks of keys in attention's grid that serve rows at positions below `length`; few different numbers."""
+        return max(_LEAST_CHUNKS, power_of_two(-(-(length // PAGE * PAGE) // chunk_size(self._spec.head_dim))))
 
-    def _step(self, shape: Shape) -> None:
+    def _capture_usual(self) -> None:
+        """Capture what one sequence needs at usual lengths, so that no round waits for it."""
+        with torch.inference_mode(), self._here():
+            for rows in (n for n in ROW_BUCKETS if n <= _USUAL_ROWS):
+                shape = self._shape([Rows(0, 0, range(rows), None)])
+                run = partial(self._decoder.kernels, self._layout, self._cache, shape, self._best)
+                self._graphs.prepare(shape, run, self._layout.clear)
+            steps, shape = self._make_steps(), self._shape([Rows(0, 0, [0], None)])
+            self._graphs.prepare(("steps", shape), partial(self._step, steps, shape), steps.layout.clear)
+            steps.restart()
+
+    def _replay(self, shape: Shape, batch: Sequence[Rows]) -> None:
+        """Run a captured forward over a batch."""
+        run = partial(self._decoder.kernels, self._layout, self._cache, shape, self._best)
+        self._graphs.replay(shape, run, self._layout.clear, partial(self._layout.fill, batch, shape))
+
+    def _make_steps(self) -> Steps:
+        if self._steps is None:
+            self._steps = Steps(self._layout)
+        return self._steps
+
+    def _step(self, steps: Steps, shape: Shape) -> None:
         """A forward whose best tokens are the next step's input (to be captured)."""
-        assert self._steps is not None
-        self._decoder.kernels(self._layout, self._cache, shape, self._best)
-        self._steps.advance(self._best, self._layout, shape.rows)
-
-    def _fill_steps(self, batch: Sequence[Rows], shape: Shape) -> None:
-        assert self._steps is not None
-        self._steps.reset()
-        self._layout.fill(batch, shape)
-
-    def _clear(self) -> None:
-        self._layout.clear()
+        self._decoder.kernels(steps.layout, self._cache, shape, self._best)
+        steps.advance(self._best, shape.rows)
 
     # ---------- checks ----------
 
@@ -273,46 +367,8 @@ class CudaRunner(Runner):
             raise OptionError(f"sequence = {sequence!r}: opened by another runner")
         return sequence
 
-    def _check(self, segments: Sequence[Segment]) -> None:
-        if len({id(segment.sequence) for segment in segments}) < len(segments):
-            raise OptionError("segments: a sequence may appear only once in a forward")
-        for segment in segments:
-            count = len(segment.tokens)
-            if count == 0:
-                raise OptionError("tokens: a segment needs at least one token")
-            if segment.parents is not None and (len(segment.parents) != count or count > MAX_ROWS):
-                raise OptionError(f"parents: {len(segment.parents)} given for {count} tokens; a tree holds {MAX_ROWS} at most")
-            if segment.num_logits is not None and not 0 <= segment.num_logits <= count:
-                raise OptionError(f"num_logits = {segment.num_logits}: must be in 0 .. {count}")
-            low, high = min(segment.tokens), max(segment.tokens)
-            if low < 0 or high >= self._spec.vocab:
-                raise OptionError(f"tokens: id {low if low < 0 else high} is outside the vocabulary of {self._spec.vocab}")
-
     def _here(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self._device) if self._captures else nullcontext()
-
-
-class _Steps:
-    """Where a decoding loop on the device keeps its counters and results."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._step = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
-        self._tokens = torch.zeros(MAX_STEPS + 1, MAX_ROWS, dtype=torch.int32, device=device)
-        self._evidence = torch.zeros(MAX_STEPS + 1, MAX_ROWS, 3, device=device)
-
-    def reset(self) -> None:
-        self._step.zero_()
-
-    def advance(self, best: Any, layout: Layout, rows: int) -> None:
-        from paceline.execution.cuda.fused import advance
-
-        advance(best, layout, self._step, self._tokens, self._evidence, rows)
-
-    def read(self, steps: int, rows: int) -> GreedySteps:
-        """What the last `steps` steps decoded; waits for the device."""
-        tokens = self._tokens[:steps, :rows].T.tolist()
-        evidence = self._evidence[:steps, :rows].transpose(0, 1).tolist()
-        return GreedySteps(tokens, [[(e[0], e[1], e[2]) for e in row] for row in evidence])
 
 
 def _wanted(segment: Segment) -> int:
