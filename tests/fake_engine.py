@@ -55,6 +55,8 @@ class FakeEngine:
         self.costs = CostTable([1, 4], [0], [[0.01, 0.012]], drafters={"ngram": DraftCost(fixed=1e-4)})
         self.controller = SimpleNamespace(name="pacer", explain=lambda: None, calibration=list)
         self.source = SimpleNamespace(name="fake", path=None)
+        self.notes: tuple[str, ...] = ()
+        self.drafters = [SimpleNamespace(name="ngram", memory_bytes=lambda: 4096)]
         self.interrupt_after = interrupt_after
         self.differ = differ
         self.calls: list[tuple[str, SamplingParams, bool]] = []

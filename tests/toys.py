@@ -154,11 +154,12 @@ def make_view(
 
 
 def speculate_toy(
-    target: ToyRunner, drafter: Drafter, view: SequenceView, num_tokens: int, num_draft: int, rule: str = "auto"
+    target: Runner, drafter: Drafter, view: SequenceView, num_tokens: int, num_draft: int, rule: str = "auto"
 ) -> list[int]:
     """The engine's loop in small: emit `num_tokens` tokens after the view's, drafting `num_draft` a round. Returns them."""
     sequence = target.open()
     prefill(target, sequence, view.tokens[:-1])
+    view.sequence = sequence
     session = drafter.open(view)
     random = CounterRandom(view.seed)
     end = len(view.tokens) + num_tokens

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
-from paceline.config import RunnerConfig, SpeculationConfig
+from paceline.config import RunnerConfig, SamplingParams, SpeculationConfig
 from paceline.control import registry as controllers
 from paceline.costs import CostTable, DraftCost
 from paceline.drafting import registry as drafters
 from paceline.drafting.base import Drafter, DrafterContext
 from paceline.errors import ModelError
 from paceline.execution.base import Runner
-from paceline.execution.factory import create_runner
+from paceline.execution.factory import create_graded, create_runner
 from paceline.execution.measure import load_or_measure, machine_key
-from paceline.models.base import ModelSource
+from paceline.models.base import ModelSource, Tokenizer
 from paceline.models.cachedir import cache_root, read_json
 from paceline.models.compat import compare_tokenizers
 from paceline.models.resolve import open_model
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 
 _LOOKUP_SECONDS = 20e-6
 """First guess of what a draft without a model costs; the pacer learns the truth from its first rounds."""
+_CHECK_TEXT = "Write a short letter to a friend about a walk along the sea."
+_CHECK_TOKENS = 32
+_LEAST_ACCEPTANCE = 0.1
+"""A head below this is reported: trained heads have their first token right in well over half of the rounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,31 +87,62 @@ def build_engine(
     costs = CostTable.from_json(target.costs.to_json())
     drafts: dict[str, tuple[Runner, CostTable]] = {}
 
+    @cache
+    def source_of(name: str) -> ModelSource:
+        return open_model(name, progress=progress)
+
+    def open_foreign(name: str) -> tuple[Runner, Tokenizer]:
+        source = source_of(name)
+        if name not in drafts:  # several drafters may share it
+            draft_runner = create_runner(source, target.config)
+            drafts[name] = draft_runner, load_or_measure(draft_runner, source.fingerprint)[0]
+        return drafts[name][0], source.tokenizer
+
     def open_draft(name: str) -> Runner:
-        draft_source = open_model(name, progress=progress)
-        fit = compare_tokenizers(target.source.tokenizer, draft_source.tokenizer)
+        fit = compare_tokenizers(target.source.tokenizer, source_of(name).tokenizer, name)
         if not fit.same:
-            raise ModelError(f"draft {name!r}: {fit.message}")
-        draft_runner = create_runner(draft_source, target.config)
-        drafts[name] = draft_runner, load_or_measure(draft_runner, draft_source.fingerprint)[0]
-        return draft_runner
+            raise ModelError(fit.message)
+        return open_foreign(name)[0]
 
     def open_self(precision: str) -> Runner:
+        if precision in drafts:  # several drafters may share it
+            return drafts[precision][0]
         draft_runner = create_runner(target.source, replace(target.config, precision=precision, backend="auto"))
         drafts[precision] = draft_runner, load_or_measure(draft_runner, target.source.fingerprint)[0]
         return draft_runner
+
+    def open_graded(narrow: str, wide: str, choose: Callable[[Runner], Sequence[bool]]) -> Runner:
+        draft_runner = create_graded(target.source, target.config, narrow, wide)
+        grades = choose(draft_runner)
+        draft_runner.set_grades(grades)
+        draft_runner.info.extra["wide_layers"] = " ".join(str(layer) for layer, is_wide in enumerate(grades) if is_wide)
+        drafts[f"{narrow}+{wide}"] = draft_runner, load_or_measure(draft_runner, target.source.fingerprint)[0]
+        return draft_runner
+
+    def level_costs(upper: Drafter, lower: Drafter) -> CostTable:
+        table = next((table for runner, table in drafts.values() if getattr(upper, "runner", None) is runner), target.costs)
+        own = CostTable.from_json(table.to_json())
+        own.scale = upper.share_of_target or 1.0
+        own.drafters[lower.name] = _draft_cost(lower, drafts, own)
+        return own
 
     info = target.runner.info
     context = DrafterContext(
         vocab_size=min(info.vocab_size, target.source.tokenizer.vocab_size),
         max_context=info.max_context,
         open_model=open_draft,
+        open_foreign=open_foreign,
+        tokenizer=target.source.tokenizer,
         open_self=open_self,
+        open_graded=open_graded,
         target=target.runner,
+        source=target.source,
+        level_costs=level_costs,
     )
     made = drafters.create_all(speculation.draft, speculation.drafter_options, context)
     for drafter in made:
         costs.drafters[drafter.name] = _draft_cost(drafter, drafts, costs)
+    checks = [note for drafter in made if drafter.wants_hidden and (note := _check_head(cls, target, drafter, costs))]
     controller = controllers.create(speculation.controller, costs, speculation.controller_options)
     profile = _profile_path(target, speculation) if speculation.remember else None
     if profile is not None and (known := read_json(profile)) is not None:
@@ -120,7 +157,29 @@ def build_engine(
         tokenizer=target.source.tokenizer,
         source=target.source,
         speculation=speculation,
-        notes=target.notes,
+        notes=(*target.notes, *checks),
+    )
+
+
+def _check_head(cls: type[Engine], target: Target, drafter: Drafter, costs: CostTable) -> str | None:
+    """Let a head draft one token a round for a short greedy text: what a token costs goes into `costs`, and a head whose drafts are
+    hardly ever right gets a note. Heads of other targets, and files read in a wrong way, load cleanly and draft nonsense."""
+    tokenizer = target.source.tokenizer
+    text = tokenizer.render_chat([{"role": "user", "content": _CHECK_TEXT}]) if tokenizer.has_chat_template else _CHECK_TEXT
+    prompt = tokenizer.encode(text, add_special=not tokenizer.has_chat_template)[: target.runner.info.max_context // 2]
+    controller = controllers.create("fixed", costs, {"num_draft": 1})
+    trial = cls(target.runner, costs=costs, controller=controller, drafters=[drafter], tokenizer=tokenizer)
+    steps = trial.generate(prompt, SamplingParams(max_tokens=_CHECK_TOKENS, ignore_eos=True)).steps
+    drafted = [step for step in steps if step.num_drafted]
+    if not drafted:
+        return None
+    costs.drafters[drafter.name] = DraftCost(per_token=median(step.draft_seconds for step in drafted))
+    right = sum(step.num_accepted for step in drafted) / len(drafted)
+    if right >= _LEAST_ACCEPTANCE:
+        return None
+    return (
+        f"{drafter.name}: only {right:.0%} of {len(drafted)} drafted tokens were right in a short check; "
+        "is it a head of this very target, and was it trained with its chat template?"
     )
 
 
@@ -140,5 +199,7 @@ def _draft_cost(drafter: Drafter, drafts: dict[str, tuple[Runner, CostTable]], t
     for runner, table in drafts.values():
         if getattr(drafter, "runner", None) is runner:
             step = table.t_plain(table.contexts[0])
-            return DraftCost(per_token=step, per_catch_up=step / 4)
+            most = table.rows[-1]
+            row = (table.t_verify(most, table.contexts[0]) - step) / (most - 1) if most > 1 else step
+            return DraftCost(per_token=step, per_catch_up=min(row, step))
     return DraftCost(fixed=_LOOKUP_SECONDS)

@@ -136,6 +136,8 @@ class RunnerConfig:
     """CPU compute threads; None: the number of cores that this process may use."""
     max_context: int | None = None
     """Tokens of prompt and output together; None: the model's own limit."""
+    memory_gb: float | None = None
+    """GPU memory for all models of this process together, weights, keys and values, in GB (1e9 bytes); None: what is free."""
     backend: str = "auto"
     """`auto`, `native` (compiled CPU kernels), `lean` (torch operators), `hf` (model definition of transformers), `cuda`."""
 
@@ -146,6 +148,9 @@ class RunnerConfig:
         if self.threads is not None:
             ok = isinstance(self.threads, int) and 1 <= self.threads <= 1024
             _require(ok, "threads", self.threads, "must be a whole number >= 1")
+        if self.memory_gb is not None:
+            ok = _is_number(self.memory_gb) and self.memory_gb > 0
+            _require(ok, "memory_gb", self.memory_gb, "must be a number above 0")
         if self.max_context is not None:
             ok = isinstance(self.max_context, int) and self.max_context >= 2
             _require(ok, "max_context", self.max_context, "must be a whole number >= 2")

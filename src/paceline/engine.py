@@ -19,6 +19,7 @@ from paceline.costs import CostTable
 from paceline.drafting.base import Drafter
 from paceline.errors import ModelError, OptionError, PromptError
 from paceline.execution.base import Runner, prefill
+from paceline.execution.threads import torch_threads
 from paceline.models.base import ModelSource, Tokenizer
 from paceline.models.cachedir import write_json_atomic
 from paceline.records import GenerationResult
@@ -195,7 +196,9 @@ class Engine:
             rows += len(step.draft) + 1
 
         forward_started = perf_counter()
-        output = self.runner.forward([r.segment(s.draft) for r, s in zip(requests, steps, strict=True)])
+        segments = [r.segment(s.draft) for r, s in zip(requests, steps, strict=True)]
+        taps = next((request.taps for request in requests if request.taps), ())
+        output = self.runner.forward_tapped(segments, taps) if taps else self.runner.forward(segments)
         verify_seconds = perf_counter() - forward_started
 
         first, outcomes = 0, []
@@ -203,7 +206,8 @@ class Engine:
             rows_of = slice(first, first + len(step.draft) + 1)
             logits, best = output.logits[rows_of], output.best[rows_of] if output.best is not None else None
             verdict = request.verify(step.draft, logits, best)
-            text, kept = request.commit(step, verdict, self.runner, logits)
+            hidden = output.taps[rows_of] if output.taps is not None else None
+            text, kept = request.commit(step, verdict, self.runner, logits, hidden)
             outcomes.append((verdict, text, kept))
             first += len(step.draft) + 1
 
@@ -221,15 +225,17 @@ class Engine:
     def _stream(self, prompt: list[int], params: SamplingParams, plain: bool, task: str) -> Iterator[StreamEvent]:
         with self._open([(prompt, params)], plain, task) as (request,):
             while request.finish_reason is None:
-                (event,) = self._round([request], self.controller)
+                with torch_threads(self.runner.host_threads):
+                    (event,) = self._round([request], self.controller)
                 if request.finish_reason is None:
                     yield event
             yield replace(event, result=self._result(request))
 
     def _generate_batch(self, jobs: Sequence[tuple[list[int], SamplingParams]], plain: bool, task: str) -> list[GenerationResult]:
         with self._open(jobs, plain, task) as requests:
-            while active := [r for r in requests if r.finish_reason is None]:
-                self._round(active, self.controller)
+            with torch_threads(self.runner.host_threads):
+                while active := [r for r in requests if r.finish_reason is None]:
+                    self._round(active, self.controller)
             return [self._result(r) for r in requests]
 
     @contextmanager
@@ -237,10 +243,11 @@ class Engine:
         """Requests with their prompts in the cache, closed again whatever happens."""
         requests: list[Request] = []
         drafters = () if plain else self.drafters
+        shared = not any(drafter.wants_hidden for drafter in drafters)  # a head must see the states of its own prompt
         try:
             for i, (prompt, params) in enumerate(jobs):
                 started = perf_counter()
-                if i and jobs[i - 1][0] is prompt:  # another sample of the same prompt
+                if shared and i and jobs[i - 1][0] is prompt:  # another sample of the same prompt
                     sequence = self.runner.fork(requests[-1].sequence)
                 else:
                     sequence = self.runner.open()
@@ -258,7 +265,7 @@ class Engine:
                 )
                 requests.append(request)
                 request.started = started
-                prefill(self.runner, sequence, prompt[sequence.length : -1])
+                prefill(self.runner, sequence, prompt[sequence.length : -1], taps=request.taps, listen=request.follow)
             for request in requests:
                 request.decode_started = request.ended = perf_counter()
             yield requests
@@ -267,7 +274,7 @@ class Engine:
                 request.close(self.runner, self.controller)
 
     def _result(self, request: Request) -> GenerationResult:
-        return request.result(self.costs.t_plain(request.num_prompt + request.num_generated // 2))
+        return request.result(self.costs.t_plain(request.num_prompt + request.num_generated // 2), self.notes)
 
     # ---------- input ----------
 

@@ -59,6 +59,8 @@ class Plan:
     expected_seconds: float = 0.0
     probe: bool = False
     """True when the round is run to learn, not because it is expected to pay."""
+    tolerance: float | None = None
+    """Divergence up to which a relaxed rule may keep a token that its strict test rejects; None: none. Lossless rules ignore it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,16 @@ class Draft:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def num_levels(self) -> int:
+        """Tokens on the longest path: all of a chain."""
+        if self.parents is None:
+            return len(self.tokens)
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 + (depths[parent] if parent >= 0 else 0))
+        return max(depths, default=0)
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -90,6 +102,10 @@ class Verdict:
     """The accepted tokens and then the recovered or bonus token: len(path) + 1 tokens."""
     acceptance: tuple[float, ...] = ()
     """Exact conditional acceptance probability of each *observed* position (up to the first rejection); may be empty."""
+    divergence: tuple[float, ...] = ()
+    """Of rules that measure it: distance between target and draft distribution at each observed position, 0 to 1."""
+    relaxed: tuple[int, ...] = ()
+    """Positions (0-based, along the path) that only a relaxed test accepted; always empty for lossless rules."""
 
     @property
     def num_accepted(self) -> int:
@@ -133,6 +149,12 @@ class StepRecord:
     expected_seconds: float = 0.0
     task: str = ""
     reason: str = ""
+    num_levels: int = 0
+    """Longest path of the draft, in tokens: of a tree less than `num_drafted` (0: a chain)."""
+    divergence: tuple[float, ...] = ()
+    """As in `Verdict.divergence`."""
+    relaxed: tuple[int, ...] = ()
+    """As in `Verdict.relaxed`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +189,8 @@ class GenerationResult:
     plain_seconds_per_token: float | None = None
     """What a plain step costs here, measured or estimated; None when unknown."""
     notes: tuple[str, ...] = field(default=())
+    draft_bytes: int = 0
+    """Memory that drafters held for this sequence alone at its end."""
 
     @property
     def num_tokens(self) -> int:

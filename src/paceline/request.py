@@ -88,6 +88,9 @@ class Request:
         )
         self.sessions: dict[str, DraftSession] = {d.name: d.open(view) for d in drafters}
         self._wanting = {d.name for d in drafters if d.wants_logits}
+        self.taps = tuple(sorted({layer for d in drafters for layer in d.wants_hidden}))
+        """Layers of the target whose states some drafter wants, as in `Runner.forward_tapped`."""
+        self._columns = {d.name: [self.taps.index(layer) for layer in d.wants_hidden] for d in drafters if d.wants_hidden}
         self._drafters = list(drafters)
         self.finish_reason: str | None = None
         self.steps: list[StepRecord] = []
@@ -104,13 +107,14 @@ class Request:
     def plan(self, controller: Controller, max_draft: int, batch_size: int, other_rows: int) -> Round:
         """Ask the controller what to do in the coming round."""
         length = len(self.tokens)
-        limit = min(max_draft, self.params.max_tokens - self.num_generated - 1, self._max_context - length - 1)
+        remaining = min(self.params.max_tokens - self.num_generated, self._max_context - length)
+        limit = min(max_draft, remaining - 1)
         if limit < 1 or not self.sessions:
             return Round(PLAIN, length)
         started = perf_counter()
         outlooks = tuple(session.outlook(limit) for session in self.sessions.values())
         looked = perf_counter()
-        plan = controller.plan(RoundContext(self.id, length, limit, outlooks, batch_size, other_rows, self.task))
+        plan = controller.plan(RoundContext(self.id, length, limit, outlooks, batch_size, other_rows, self.task, remaining))
         signal = next((o.signal for o in outlooks if o.drafter == plan.drafter), 0)
         return Round(plan, length, signal, control_seconds=perf_counter() - looked, draft_seconds=looked - started)
 
@@ -155,8 +159,18 @@ class Request:
             self.logprobs.extend(rows.logprob(row, token, top) for row, token in zip(path, verdict.emitted, strict=True))
         return verdict
 
-    def commit(self, step: Round, verdict: Verdict, runner: Runner, logits: torch.Tensor) -> tuple[str, int]:
-        """Keep what was accepted, in cache, text and drafters. Returns the new text and how many tokens stayed."""
+    def follow(self, hidden: torch.Tensor) -> None:
+        """Hand the target's states of tokens that entered its cache to the drafters that want them. hidden: [rows, taps, H]."""
+        for name, columns in self._columns.items():
+            self.sessions[name].follow(hidden[:, columns])
+
+    def commit(
+        self, step: Round, verdict: Verdict, runner: Runner, logits: torch.Tensor, hidden: torch.Tensor | None = None
+    ) -> tuple[str, int]:
+        """Keep what was accepted, in cache, text and drafters. Returns the new text and how many tokens stayed.
+
+        logits, hidden: [rows, V] and [rows, taps, H] of the round's own forward.
+        """
         pushed = self._output.push(verdict.emitted)
         kept = pushed.accepted
         path = (0, *(node + 1 for node in verdict.path))
@@ -165,10 +179,14 @@ class Request:
         self.from_draft.extend([True] * min(kept, len(verdict.path)) + [False] * (kept > len(verdict.path)))
         del self.logprobs[self.num_generated :]
         self.finish_reason = pushed.finished
+        if hidden is not None:
+            self.follow(hidden[list(path)])
         for name, session in self.sessions.items():
             own = verdict if step.draft.drafter == name and step.draft.tokens else None
-            rows = logits if own is not None or step.draft.parents is None else logits[list(path)]
-            session.observe(own, rows if name in self._wanting else None)
+            rows = None
+            if name in self._wanting:
+                rows = logits if own is not None or step.draft.parents is None else logits[list(path)]
+            session.observe(own, rows)
         return pushed.text, kept
 
     def record(
@@ -201,6 +219,9 @@ class Request:
             expected_seconds=plan.expected_seconds,
             task=self.task,
             reason=plan.reason,
+            num_levels=draft.num_levels,
+            divergence=verdict.divergence,
+            relaxed=verdict.relaxed,
         )
         self.steps.append(record)
         return record
@@ -216,7 +237,7 @@ class Request:
         controller.finish(self.id)
         runner.close(self.sequence)
 
-    def result(self, plain_seconds: float | None) -> GenerationResult:
+    def result(self, plain_seconds: float | None, notes: tuple[str, ...] = ()) -> GenerationResult:
         """What there is so far; `interrupted` when no end was reached."""
         self._output.flush()
         return GenerationResult(
@@ -233,4 +254,6 @@ class Request:
             stop_reason=self._output.stop_reason,
             seed=self._random.seed,
             plain_seconds_per_token=plain_seconds,
+            notes=notes,
+            draft_bytes=sum(session.memory_bytes() for session in self.sessions.values()),
         )

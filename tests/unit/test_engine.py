@@ -234,6 +234,14 @@ def test_text_without_a_tokenizer_is_refused() -> None:
         make_engine().generate("hello")
 
 
+def test_a_result_tells_the_memory_of_its_drafters() -> None:
+    held = [
+        make_engine(spec).generate(PROMPT, SamplingParams(max_tokens=20)).draft_bytes for spec in ("none", "ngram", "ngram,suffix")
+    ]
+    assert held[0] == 0
+    assert held[0] < held[1] < held[2]
+
+
 def test_a_stream_of_several_samples_is_refused_before_it_starts() -> None:
     with pytest.raises(OptionError, match="n = 2"):
         make_engine().stream(PROMPT, SamplingParams(n=2, temperature=1.0))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @takes_settings(SamplingParams, RunnerConfig)
 def bench(
-    prompts: Annotated[str, typer.Option("--prompts", help="JSONL file (see docs/benchmarks.md), or `builtin`.")] = "builtin",
+    prompts: Annotated[str, typer.Option("--prompts", help="JSONL file (docs/benchmarks.md), `builtin` or `agent`.")] = "builtin",
     methods: Annotated[
         str, typer.Option("--methods", help="Comma-separated: plain, DRAFT[@CONTROLLER[:NAME=VALUE]], transformers, ...")
     ] = "plain,auto",

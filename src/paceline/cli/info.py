@@ -14,6 +14,7 @@ from rich.table import Table
 from paceline.cli import loading
 from paceline.cli.generate import AsJson
 from paceline.cli.options import Settings, takes_settings
+from paceline.cli.output import draft_memory
 from paceline.config import RunnerConfig, SpeculationConfig
 from paceline.errors import PacelineError
 
@@ -62,10 +63,12 @@ def _model_facts(settings: Settings) -> dict[str, Any]:
                 "loaded": True,
                 **asdict(engine.runner.info),
                 "draft": settings.speculation.draft,
+                "draft_memory_bytes": draft_memory(engine),
                 "controller": engine.controller.name,
                 "plain_ms": round(1e3 * engine.costs.t_plain(context), 3),
                 "verify_8_against_plain": round(engine.costs.t_verify(8, context) / engine.costs.t_plain(context), 3),
                 "cost_context": context,
+                "notes": list(engine.notes),
             }
     except PacelineError as error:
         return {"name": settings.model, "loaded": False, "error": str(error)}

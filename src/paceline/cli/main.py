@@ -21,6 +21,7 @@ from paceline.cli.generate import generate
 from paceline.cli.info import info
 from paceline.cli.lists import controllers, drafters
 from paceline.cli.replay import replay
+from paceline.cli.stack import stack
 from paceline.cli.trace import trace
 from paceline.errors import PacelineError
 
@@ -46,7 +47,7 @@ def root(
     """Adaptive speculative decoding: the same text, sooner, and never slower than plain decoding."""
 
 
-for command in (generate, chat, info, explain, bench, compare, controllers, drafters, trace, replay):
+for command in (generate, chat, info, explain, bench, compare, controllers, drafters, trace, replay, stack):
     app.command()(command)
 app.add_typer(corpus, name="corpus")
 

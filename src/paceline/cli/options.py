@@ -79,6 +79,7 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
         Flag("backend", "`auto`, or the execution path by name (see `paceline info`)."),
         Flag("threads", "CPU threads."),
         Flag("max_context", "Most tokens of prompt and answer together."),
+        Flag("memory_gb", "GPU memory for all models together, in GB."),
     ),
 }
 

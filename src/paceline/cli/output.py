@@ -119,6 +119,11 @@ def summary_line(engine: Engine, result: GenerationResult) -> str:
     return f"{', '.join(parts)} ({drafters_used(result.steps)}, {engine.controller.name}); {info.precision} {info.backend}"
 
 
+def draft_memory(engine: Engine) -> dict[str, int]:
+    """Bytes of each drafter's shared stores and own weights."""
+    return {drafter.name: drafter.memory_bytes() for drafter in engine.drafters}
+
+
 def result_document(engine: Engine, result: GenerationResult) -> dict[str, Any]:
     """The object that `--json` prints; the docs page of the command line lists its fields."""
     info = engine.runner.info
@@ -147,6 +152,7 @@ def result_document(engine: Engine, result: GenerationResult) -> dict[str, Any]:
         "backend": info.backend,
         "device": info.device,
         "notes": list(result.notes),
+        "draft_memory_bytes": {"this_text": result.draft_bytes} | draft_memory(engine),
     }
     if result.logprobs is not None:
         document["logprobs"] = [asdict(item) for item in result.logprobs]

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from paceline.config import SamplingParams
+from paceline.costs import CostTable
 from paceline.records import Draft, DraftFeatures, Outlook, Verdict
 
 if TYPE_CHECKING:
     import torch
 
-    from paceline.execution.base import Runner, SequenceHandle
+    from paceline.execution.base import Runner, Segment, SequenceHandle
+    from paceline.models.base import ModelSource, Tokenizer
 
 KeepDrafting = Callable[[DraftFeatures], bool]
 
@@ -28,10 +30,22 @@ class DrafterContext:
     """Longest sequence of the target, in tokens."""
     open_model: Callable[[str], Runner] | None = None
     """Loads a second model by path or name, after checking that its tokenizer fits the target's; None where that is not offered."""
+    open_foreign: Callable[[str], tuple[Runner, Tokenizer]] | None = None
+    """As `open_model`, with whatever tokenizer it has, which comes with it."""
+    tokenizer: Tokenizer | None = None
+    """The target's."""
     open_self: Callable[[str], Runner] | None = None
     """Loads the target's own weights once more, in another precision."""
+    open_graded: Callable[[str, str, Callable[[Runner], Sequence[bool]]], Runner] | None = None
+    """Loads the target's own weights once more, each layer in a narrow and a wide precision, and sets the grades
+    (`Runner.set_grades`) that the function finds for that runner."""
     target: Runner | None = None
-    """The target's runner, for drafters that run parts of it."""
+    """The target's runner, for drafters that run parts of it or read its states."""
+    source: ModelSource | None = None
+    """The target's configuration and weights, for heads that share its embedding and output matrix."""
+    level_costs: Callable[[Drafter, Drafter], CostTable] | None = None
+    """What forwards of a drafter's model cost when it verifies (first argument), with the first figures of the drafter that drafts
+    for it (second); None where nothing was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +70,8 @@ class SequenceView:
     num_prompt: int
     sampling: SamplingParams
     seed: int
-    """Resolved seed of the request (drawn at random when the user gave none)."""
+    """Resolved seed of the request (drawn at random when the user gave none). Read it when a number is needed and do not keep it:
+    where one drafter drafts for another, the level above renews it every round."""
     end_ids: frozenset[int] = frozenset()
     """Tokens that end the text; nothing is drafted after one."""
     coupled: bool = False
@@ -86,6 +101,63 @@ class DraftSession(ABC):
         which come first and in order (what follows them is ignored).
         """
 
+    def rewind(self, length: int) -> bool:
+        """The view's tokens from `length` on are about to be withdrawn: what a drafter emitted above was not kept.
+
+        Forget them; False where that is not possible: the caller then closes this session and opens another one.
+        """
+        return False
+
+    def follow(self, hidden: torch.Tensor) -> None:
+        """Tokens entered the target's cache: chunks of the prompt before the first round, then a round's committed path.
+
+        hidden: [rows, layers, H] float32, a row for each of these tokens in order; only for drafters with `wants_hidden`, and of
+        those layers. After a round it comes before `observe`, when `view.tokens` already holds the emitted tokens.
+        """
+
+    def memory_bytes(self) -> int:
+        """Bytes held for this sequence, as far as they grow with it; caches of draft models are not counted."""
+        return 0
+
+    def close(self) -> None:
+        """The sequence ended: give back what it held."""
+
+
+class Reviewer(ABC):
+    """A drafter's model where it verifies for another drafter (`drafting/level.py`); one for each sequence."""
+
+    runner: Runner
+    cache: SequenceHandle
+    """Where its rows are written; set by `enter`."""
+    fed: int
+    """Leading tokens of the level's text that the cache stands for, below its length."""
+    sampling: SamplingParams
+    """How its tokens are chosen."""
+    vocab_size: int
+    """V of the target: narrower rows are padded with impossible tokens, wider ones cut."""
+
+    @abstractmethod
+    def room(self, length: int) -> int:
+        """Tokens that could be emitted now after a text of `length` tokens; 0 or less: none."""
+
+    @abstractmethod
+    def enter(self) -> None:
+        """A draft begins: set `cache` and `fed`."""
+
+    @abstractmethod
+    def forward(self, segment: Segment) -> torch.Tensor:
+        """[rows asked for, V or other] float32 logits of a chain or tree in `cache`."""
+
+    @abstractmethod
+    def follow(self, shared: int, length: int) -> None:
+        """Between drafts: `length` tokens are committed now, of which the first `shared` are as they were."""
+
+    def leave(self) -> None:
+        """The draft is made."""
+
+    def rewind(self, length: int) -> None:
+        """As `DraftSession.rewind`, of the text above."""
+
     def close(self) -> None:
         """The sequence ended: give back what it held."""
 
@@ -97,10 +169,14 @@ class Drafter(ABC):
     options_type: type[Any]
     """Frozen dataclass of the drafter's own settings."""
     wants_logits: bool = False
+    wants_hidden: tuple[int, ...] = ()
+    """Layers whose states sessions are to `follow`, numbered as in `Runner.forward_tapped`."""
     samples: bool = False
     """True when drafts are drawn from `Draft.draft_probs` (at temperature > 0); False for point-mass drafts."""
     share_of_target: float | None = None
     """For drafters that run a part of the target: that part of a plain step, as a first guess of a drafted token's cost."""
+    verifier: Runner | None = None
+    """What runs this drafter's model where it verifies for another drafter; None: it cannot."""
 
     @classmethod
     @abstractmethod
@@ -111,8 +187,12 @@ class Drafter(ABC):
     def open(self, view: SequenceView) -> DraftSession:
         """Begin to follow a sequence."""
 
+    def open_reviewer(self, view: SequenceView) -> Reviewer:
+        """Begin to verify for another drafter. view: the sequence as the level above has it. Only with a `verifier`."""
+        raise NotImplementedError(f"{self.name} cannot verify for another drafter")
+
     def memory_bytes(self) -> int:
-        """Bytes held by shared stores (not by sessions)."""
+        """Bytes held by shared stores and by weights of its own (not by sessions)."""
         return 0
 
     def finish_request(self, tokens: Sequence[int], num_prompt: int) -> None:

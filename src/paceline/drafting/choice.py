@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
 from paceline.config import SamplingParams
 from paceline.drafting.base import SequenceView
-from paceline.records import Draft, DraftFeatures
+from paceline.drafting.temperature import TemperatureTuner, Trial
+from paceline.records import Draft, DraftFeatures, Verdict
 from paceline.sampling import CounterRandom, Purpose, argmax_rows, draw, process_logits, to_probs
 
 _FLOOR = 1e-30
@@ -18,12 +20,16 @@ _FLOOR = 1e-30
 class TokenChooser:
     """Chooses the draft tokens of one sequence, by the same processing of logits as the target's."""
 
-    def __init__(self, view: SequenceView, sampling: SamplingParams, vocab_size: int) -> None:
-        """vocab_size: V of the target: a wider draft row is cut to it, a narrower one padded with impossible tokens."""
+    def __init__(
+        self, view: SequenceView, sampling: SamplingParams, vocab_size: int, tuner: TemperatureTuner | None = None
+    ) -> None:
+        """vocab_size: V of the target: a wider draft row is cut to it, a narrower one padded with impossible tokens.
+        tuner: settles the temperature of each draft; None: that of `sampling`."""
         self._view = view
-        self._sampling = sampling
+        self._sampling = self._drawn = sampling
         self._vocab_size = vocab_size
-        self._random = CounterRandom(view.seed)
+        self._tuner = tuner
+        self._trial: Trial | None = None
 
     @property
     def plain_greedy(self) -> bool:
@@ -33,8 +39,17 @@ class TokenChooser:
         return self._sampling.greedy and not self._sampling.shapes_logits and allowed
 
     def begin(self) -> Choice:
-        """A new draft after the committed tokens."""
+        """A new draft after the committed tokens. Its temperature is settled here, before a token is drawn."""
+        if self._tuner is not None:
+            self._trial = self._tuner.next()
+            self._drawn = replace(self._sampling, temperature=min(self._sampling.temperature * self._trial.factor, 100.0))
         return Choice(self, sampled=not self._sampling.greedy)
+
+    def learn(self, verdict: Verdict | None) -> None:
+        """A round was committed; verdict: of this chooser's last draft, else None."""
+        if self._tuner is not None and self._trial is not None and verdict is not None:
+            self._tuner.learn(self._trial, verdict.acceptance)
+        self._trial = None
 
     def processed(self, logits: torch.Tensor, path: list[int]) -> torch.Tensor:
         """[V] float32: the row that follows `path` after bias, penalties and bans, before temperature."""
@@ -49,16 +64,26 @@ class TokenChooser:
 
     def probs(self, row: torch.Tensor) -> torch.Tensor:
         """[V] float32: what is drawn from; when greedy, the distribution at temperature 1 (evidence only)."""
-        return torch.softmax(row, dim=-1) if self._sampling.greedy else to_probs(row, self._sampling)
+        return torch.softmax(row, dim=-1) if self._sampling.greedy else to_probs(row, self._drawn)
+
+    def children(self, logits: torch.Tensor, path: list[int], width: int) -> list[tuple[int, float]]:
+        """The `width` most probable tokens after `path` that are possible at all, with their probabilities; for trees.
+
+        logits: [V'] of the draft model.
+        """
+        probs = self.probs(self.processed(logits, path))
+        best = torch.topk(probs, min(width, probs.numel()))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [(token, prob) for token, prob in pairs if prob > 0.0]
 
     def choose(self, row: torch.Tensor, probs: torch.Tensor, index: int) -> int:
         """Token `index` of the draft. Drawn tokens use the target's number of that position when the rule matches draws."""
         if self._sampling.greedy:
             return argmax_rows(row[None])[0]
-        first = len(self._view.tokens)
+        first, random = len(self._view.tokens), CounterRandom(self._view.seed)
         if self._view.coupled:
-            return draw(probs, self._random.uniform(first + index, Purpose.TARGET))
-        return draw(probs, self._random.uniform(first, Purpose.DRAFT, index))
+            return draw(probs, random.uniform(first + index, Purpose.TARGET))
+        return draw(probs, random.uniform(first, Purpose.DRAFT, index))
 
 
 class Choice:
@@ -75,7 +100,7 @@ class Choice:
         row = self._chooser.processed(logits, self.tokens)
         probs = self._chooser.probs(row)
         token = self._chooser.choose(row, probs, len(self.tokens))
-        largest, second, drawn, entropy = _evidence(probs, token)
+        largest, second, drawn, entropy = evidence(probs, token)
         self.tokens.append(token)
         self._confidences.append(largest)
         if self._rows is not None:
@@ -87,7 +112,7 @@ class Choice:
         return Draft(tuple(self.tokens), draft_probs=rows, confidences=tuple(self._confidences), drafter=name)
 
 
-def _evidence(probs: torch.Tensor, token: int) -> tuple[float, float, float, float]:
+def evidence(probs: torch.Tensor, token: int) -> tuple[float, float, float, float]:
     """The two largest probabilities, the token's own and the entropy in nats."""
     at = argmax_rows(probs[None])[0]
     others = probs.clone()

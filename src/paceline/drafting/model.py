@@ -8,36 +8,37 @@ pending token when it is next asked to draft.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from paceline.config import SamplingParams
-from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec, DraftSession, KeepDrafting, SequenceView
+from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec, DraftSession, KeepDrafting, Reviewer, SequenceView
 from paceline.drafting.choice import TokenChooser
 from paceline.drafting.options import number, whole
+from paceline.drafting.temperature import DraftTemperature, check_draft_temperature
 from paceline.drafting.tree_search import Children, Growth, expand_and_rerank, opt_tree
-from paceline.errors import OptionError
-from paceline.execution.base import Segment, prefill
-from paceline.records import Draft, DraftFeatures, Outlook
+from paceline.errors import OptionError, ResourceError
+from paceline.execution.base import DecodedToken, Segment, prefill
+from paceline.records import Draft, DraftFeatures, Outlook, Verdict
 
 if TYPE_CHECKING:
     from paceline.execution.base import Runner, SequenceHandle
 
 _CHUNK = 512
 """Tokens of one catch-up forward."""
-_BURST = 4
-"""Tokens that a runner with `greedy_steps` decodes between two questions to the controller."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
     """Settings of `model:PATH`."""
 
-    temperature: float | None = None
-    """Temperature of the draft when the target samples; None: the target's. 0 drafts the most probable token.
+    temperature: float | str | None = None
+    """Temperature of the draft when the target samples; None: the target's. 0 drafts the most probable token; `auto`: tuned
+    between rounds towards the highest acceptance (`drafting/temperature.py`).
 
     Lossless at any value: tokens are verified against the distribution that they were drawn from.
     """
@@ -50,8 +51,7 @@ class ModelOptions:
     """Tree form: 0 grows as EAGLE-2 does; above 0 as OPT-Tree, while a level adds this many expected tokens (try 0.3)."""
 
     def __post_init__(self) -> None:
-        if self.temperature is not None:
-            number("temperature", self.temperature, 0.0, 100.0)
+        check_draft_temperature(self.temperature)
         whole("tree_width", self.tree_width, 1, 16)
         whole("tree_levels", self.tree_levels, 1, 32)
         number("tree_gain", self.tree_gain, 0.0, 63.0)
@@ -81,6 +81,8 @@ class ModelDrafter(Drafter):
         self.options = options or ModelOptions()
         self.vocab_size = vocab_size or runner.info.vocab_size
         self.tree = tree
+        self.verifier = None if tree else runner
+        self.temperature = DraftTemperature(self.options.temperature)
 
     @classmethod
     def build(cls, spec: DrafterSpec, options: ModelOptions, context: DrafterContext) -> ModelDrafter:
@@ -92,14 +94,15 @@ class ModelDrafter(Drafter):
     def open(self, view: SequenceView) -> ModelSession:
         return ModelTreeSession(self, view) if self.tree else ModelSession(self, view)
 
+    def memory_bytes(self) -> int:
+        return self.runner.info.weight_bytes
+
+    def open_reviewer(self, view: SequenceView) -> ModelReviewer:
+        return ModelReviewer(self, view)
+
     def sampling_of(self, sampling: SamplingParams) -> SamplingParams:
         """How draft tokens are chosen for a request with this sampling."""
-        temperature = self.options.temperature
-        if sampling.greedy or temperature is None:
-            return sampling
-        if temperature == 0:
-            return replace(sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, n=1)
-        return replace(sampling, temperature=temperature)
+        return self.temperature.sampling_of(sampling)
 
 
 class ModelSession(DraftSession):
@@ -117,11 +120,11 @@ class ModelSession(DraftSession):
         self._cache: SequenceHandle = self._runner.open()
         self._agreed = 0
         self._drafted: list[int] = []
-        self._chooser = TokenChooser(view, drafter.sampling_of(view.sampling), drafter.vocab_size)
-        self._steps = (
-            getattr(drafter.runner, "greedy_steps", None) if drafter.runner.info.vocab_size == drafter.vocab_size else None
-        )
-        """Decodes several tokens without the host, where the runner can."""
+        sampling = view.sampling
+        self._chooser = TokenChooser(view, drafter.sampling_of(sampling), drafter.vocab_size, drafter.temperature.tuner(sampling))
+        self._dropped = False
+        """Whether its memory ran out; the cache is closed then."""
+        self._streams = drafter.runner.decodes_ahead and drafter.runner.info.vocab_size == drafter.vocab_size
 
     @property
     def cached_tokens(self) -> int:
@@ -137,12 +140,12 @@ class ModelSession(DraftSession):
                 break
             self._agreed += 1
         self._drafted = []
-        if self._cache.length > self._agreed:
+        if not self._dropped and self._cache.length > self._agreed:
             self._runner.truncate(self._cache, self._agreed)
 
     def outlook(self, max_tokens: int) -> Outlook:
         self._synchronise()
-        available = max(0, min(max_tokens, self._room()))
+        available = 0 if self._dropped else max(0, min(max_tokens, self._room()))
         missing = len(self._view.tokens) - 1 - self._agreed
         return Outlook(self._drafter.name, available, catch_up=missing if available else 0)
 
@@ -151,13 +154,23 @@ class ModelSession(DraftSession):
         return self._runner.info.max_context - len(self._view.tokens) + 1
 
     def propose(self, num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
+        """As the base class says. When the draft's memory runs out, it is dropped for this request, which goes on without it."""
         self._synchronise()
         num_tokens = min(num_tokens, self._room())
-        if num_tokens < 1:
+        if num_tokens < 1 or self._dropped:
             return Draft((), drafter=self._drafter.name)
+        try:
+            return self._draft(num_tokens, keep_drafting)
+        except ResourceError as error:
+            warnings.warn(f"draft {self._drafter.name!r} is left out of this request: {error}", RuntimeWarning, stacklevel=2)
+            self.close()
+            self._dropped, self._drafted = True, []
+            return Draft((), drafter=self._drafter.name)
+
+    def _draft(self, num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
         feed = self._catch_up()
-        if self._steps is not None and self._chooser.plain_greedy:
-            return self._propose_in_steps(feed, num_tokens, keep_drafting)
+        if self._streams and self._chooser.plain_greedy:
+            return self._propose_ahead(feed, num_tokens, keep_drafting)
         chosen = self._chooser.begin()
         while True:
             features = chosen.add(self._forward(feed))
@@ -168,28 +181,26 @@ class ModelSession(DraftSession):
             feed = [token]
             self._drafted.append(token)
 
-    def _propose_in_steps(self, feed: list[int], num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
-        """Several tokens between two questions to the controller, decoded on the device; what it refuses is dropped.
+    def _propose_ahead(self, feed: list[int], num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
+        """The same where the runner decodes ahead: the controller is asked about a token while the next one is decoded.
 
-        A token's evidence is that of its own distribution, as one by one, so a stop depends on nothing that comes after it.
+        A token's evidence is that of its own distribution, as one by one, so a stop depends on nothing that comes after it. The
+        token that is under way at a stop is drafted, too: its time is spent, and it was so before anything was known of it.
         """
-        assert self._steps is not None
-        if len(feed) > 1:
-            prefill(self._runner, self._cache, feed[:-1], _CHUNK)
-        tokens: list[int] = []
-        confidences: list[float] = []
-        pending = feed[-1]
-        while True:
-            steps = min(_BURST, num_tokens - len(tokens))
-            burst = self._steps([self._cache], [pending], steps)
-            self._drafted += tokens[-1:] + burst.tokens[0][:-1]  # what was fed; the last one was not
-            for token, (largest, entropy, margin) in zip(burst.tokens[0], burst.evidence[0], strict=True):
-                tokens.append(token)
-                confidences.append(largest)
-                features = DraftFeatures(len(tokens), largest, largest, entropy, margin)
-                if len(tokens) >= num_tokens or token in self._view.end_ids or not keep_drafting(features):
-                    return Draft(tuple(tokens), confidences=tuple(confidences), drafter=self._drafter.name)
-            pending = tokens[-1]
+        ends = self._view.end_ids
+        position = 0
+
+        def keep_on(decoded: DecodedToken) -> bool:
+            nonlocal position
+            position += 1
+            features = DraftFeatures(position, decoded.largest, decoded.largest, decoded.entropy, decoded.margin)
+            return position < num_tokens and decoded.token not in ends and keep_drafting(features)
+
+        decoded = self._runner.decode_ahead(self._cache, feed, num_tokens, keep_on)
+        self._drafted = [d.token for d in decoded[:-1]]  # what was fed
+        end = next((i for i, d in enumerate(decoded, 1) if d.token in ends), len(decoded))
+        tokens, confidences = tuple(d.token for d in decoded[:end]), tuple(d.largest for d in decoded[:end])
+        return Draft(tokens, confidences=confidences, drafter=self._drafter.name)
 
     def _catch_up(self) -> list[int]:
         """Feed what the cache lacks but for a last piece, which ends with the pending token and is returned."""
@@ -208,11 +219,20 @@ class ModelSession(DraftSession):
         self._runner.accept(self._cache, range(len(feed)))
         return logits
 
-    def observe(self, verdict: object, target_logits: torch.Tensor | None) -> None:
+    def observe(self, verdict: Verdict | None, target_logits: torch.Tensor | None) -> None:
+        self._chooser.learn(verdict)
         self._synchronise()
 
+    def rewind(self, length: int) -> bool:
+        self._synchronise()
+        self._agreed = min(self._agreed, length)
+        if not self._dropped:
+            self._runner.truncate(self._cache, min(self._cache.length, length))
+        return True
+
     def close(self) -> None:
-        self._runner.close(self._cache)
+        if not self._dropped:
+            self._runner.close(self._cache)
 
 
 class ModelTreeSession(ModelSession):
@@ -222,18 +242,16 @@ class ModelTreeSession(ModelSession):
     the next pending token.
     """
 
-    def propose(self, num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
-        self._synchronise()
+    def _draft(self, num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
         options, ends = self._drafter.options, self._view.end_ids
-        levels = min(options.tree_levels, num_tokens, self._room())
-        if levels < 1:
-            return Draft((), drafter=self._drafter.name)
+        levels = min(options.tree_levels, num_tokens)
         pending = self._forward(self._catch_up())
         inner: list[int] = []
 
         def expand(growth: Growth, frontier: Sequence[int]) -> list[Children]:
             rows = [pending] if frontier == [-1] else self._level(growth, inner, frontier)
-            return [self._children(row, growth.path(node)) for node, row in zip(frontier, rows, strict=True)]
+            width = options.tree_width
+            return [self._chooser.children(row, growth.path(node), width) for node, row in zip(frontier, rows, strict=True)]
 
         if options.tree_gain:
             growth = opt_tree(
@@ -252,8 +270,30 @@ class ModelTreeSession(ModelSession):
         segment = Segment(self._cache, tokens, parents, num_logits=len(frontier))
         return list(self._runner.forward([segment]).logits)
 
-    def _children(self, logits: torch.Tensor, path: list[int]) -> Children:
-        probs = self._chooser.probs(self._chooser.processed(logits, path))
-        best = torch.topk(probs, min(self._drafter.options.tree_width, probs.numel()))
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [(token, prob) for token, prob in pairs if prob > 0.0]
+
+class ModelReviewer(Reviewer):
+    """A whole model in a cache of its own, which keeps what is accepted from one draft to the next."""
+
+    def __init__(self, drafter: ModelDrafter, view: SequenceView) -> None:
+        self.runner = drafter.runner
+        self.vocab_size = drafter.vocab_size
+        self.sampling = drafter.sampling_of(view.sampling)
+        self.cache = self.runner.open()
+        self.fed = 0
+
+    def room(self, length: int) -> int:
+        return self.runner.info.max_context - length + 1  # the last emitted token is never fed
+
+    def enter(self) -> None:
+        pass
+
+    def forward(self, segment: Segment) -> torch.Tensor:
+        return self.runner.forward([segment]).logits
+
+    def follow(self, shared: int, length: int) -> None:
+        if self.fed > min(shared, length - 1):
+            self.fed = min(shared, length - 1)
+            self.runner.truncate(self.cache, self.fed)
+
+    def close(self) -> None:
+        self.runner.close(self.cache)

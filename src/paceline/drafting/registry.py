@@ -30,6 +30,8 @@ class Entry:
     """True: at temperature > 0 drafts are drawn from a known distribution; False: point-mass drafts."""
     tree: bool = False
     """Whether `NAME+tree` exists."""
+    parts: str = ""
+    """What separates the drafters in an argument that is made of several."""
 
 
 _PACKAGE = "paceline.drafting"
@@ -68,23 +70,91 @@ TABLE: dict[str, Entry] = {
         samples=True,
         tree=True,
     ),
+    "uag": Entry(
+        f"{_PACKAGE}.cross_vocab.strings:UagDrafter",
+        "universal assisted generation: a model of any vocabulary drafts its most probable text",
+        needs="a second model",
+        argument="PATH",
+    ),
+    "slem": Entry(
+        f"{_PACKAGE}.cross_vocab.strings:SlemDrafter",
+        "string-level exact match: as uag, with text that is drawn when the target samples",
+        needs="a second model",
+        argument="PATH",
+    ),
+    "tli": Entry(
+        f"{_PACKAGE}.cross_vocab.intersection:TliDrafter",
+        "token-level intersection: a model of any vocabulary draws among the tokens that both have",
+        needs="a second model",
+        argument="PATH",
+        samples=True,
+    ),
     "quantized_self": Entry(
-        f"{_PACKAGE}.self_draft:QuantizedSelfDrafter",
+        f"{_PACKAGE}.self_draft.quantized:QuantizedSelfDrafter",
         "the target's own weights in fewer bits draft for it",
         needs="memory for the copy",
         samples=True,
     ),
+    "dynamic_precision": Entry(
+        f"{_PACKAGE}.self_draft.dynamic_precision:DynamicPrecisionDrafter",
+        "as quantized_self, with more bits for the layers whose rounding is felt most",
+        needs="memory for two copies",
+        samples=True,
+    ),
     "early_exit": Entry(
-        f"{_PACKAGE}.self_draft:EarlyExitDrafter",
+        f"{_PACKAGE}.self_draft.early_exit:EarlyExitDrafter",
         "the target's first layers draft, in the target's own cache",
         needs="a backend that runs parts",
         samples=True,
     ),
     "layer_skip": Entry(
-        f"{_PACKAGE}.self_draft:LayerSkipDrafter",
+        f"{_PACKAGE}.self_draft.layer_skip:LayerSkipDrafter",
         "the target without some inner layers drafts, in the target's own cache",
         needs="a backend that runs parts",
         samples=True,
+    ),
+    "swift": Entry(
+        f"{_PACKAGE}.self_draft.swift:SwiftDrafter",
+        "SWIFT: layer_skip whose layers are searched while the text is written",
+        needs="a backend that runs parts",
+        samples=True,
+    ),
+    "sparse_kv": Entry(
+        f"{_PACKAGE}.self_draft.sparse_kv:SparseKvDrafter",
+        "the whole target over a few hundred rows of its own cache, for long contexts",
+        needs="a backend that copies rows",
+        samples=True,
+    ),
+    "cascade": Entry(
+        f"{_PACKAGE}.hierarchy:CascadeDrafter",
+        "a model drafts and has a drafter of its own, for example cascade:ngram>model:PATH; as many levels as you like",
+        needs="a second model",
+        argument="LOWER>UPPER",
+        samples=True,
+        parts=">",
+    ),
+    "medusa": Entry(
+        f"{_PACKAGE}.heads.medusa:MedusaDrafter",
+        "Medusa: trained heads over the target's last state, one for each of the next tokens",
+        needs="a trained head and a backend that hands out hidden states",
+        argument="PATH",
+        tree=True,
+    ),
+    "eagle": Entry(
+        f"{_PACKAGE}.heads.eagle:EagleDrafter",
+        "EAGLE-1 and -2: a trained layer that continues the target's last states",
+        needs="a trained head and a backend that hands out hidden states",
+        argument="PATH",
+        samples=True,
+        tree=True,
+    ),
+    "eagle3": Entry(
+        f"{_PACKAGE}.heads.eagle3:Eagle3Drafter",
+        "EAGLE-3: a trained layer over the target's states at three depths, with a vocabulary of its own",
+        needs="a trained head and a backend that hands out hidden states",
+        argument="PATH",
+        samples=True,
+        tree=True,
     ),
     "merged": Entry(
         f"{_PACKAGE}.merged:MergedDrafter",
@@ -136,6 +206,12 @@ def _parse_one(part: str, text: str) -> DrafterSpec:
     if tree and not entry.tree:
         able = ", ".join(sorted(name for name, e in TABLE.items() if e.tree)) or "none"
         raise OptionError(f"draft = {text!r}: {kind} has no tree form; drafters that have one: {able}")
+    if entry.parts:
+        parts = argument.split(entry.parts)
+        if len(parts) < 2 or not all(parts):
+            raise OptionError(f"draft = {text!r}: write {kind}:{entry.argument}, two drafters or more")
+        for each in parts:
+            _parse_one(each, text)
     return DrafterSpec(kind, argument, tree)
 
 

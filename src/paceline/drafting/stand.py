@@ -132,7 +132,6 @@ class StandSession(DraftSession):
     def __init__(self, drafter: StandDrafter, view: SequenceView) -> None:
         self._drafter = drafter
         self._view = view
-        self._random = CounterRandom(view.seed)
         self._length = len(view.tokens)
         self._draft = Draft(())
 
@@ -162,10 +161,10 @@ class StandSession(DraftSession):
         return None if found is None else found[1].shaped(self._view.sampling)
 
     def _uniform(self, index: int) -> float:
-        first = len(self._view.tokens)
+        first, random = len(self._view.tokens), CounterRandom(self._view.seed)
         if self._view.coupled:
-            return self._random.uniform(first + index, Purpose.TARGET)
-        return self._random.uniform(first, Purpose.DRAFT, index)
+            return random.uniform(first + index, Purpose.TARGET)
+        return random.uniform(first, Purpose.DRAFT, index)
 
     def _chain(self, num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
         greedy = self._view.sampling.greedy

@@ -97,6 +97,17 @@ def test_explain_shows_the_calibration_of_controllers_that_keep_one(run: Run, en
     assert "0.7125" in shown
 
 
+def test_explain_draws_the_calibration_after_its_tables(run: Run, engine: FakeEngine, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    refused = run("explain", "abcd", "--raw", "--plot", str(tmp_path / "none.png"))
+    assert refused.code == 2
+    assert "cost of a forward" in refused.stdout
+    assert "no draft stated its confidence" in refused.stderr
+    engine.controller.calibration = lambda: [{"drafter": "model:x", "predicted": 0.75, "accepted": 0.7125, "labels": 40}]
+    assert run("explain", "abcd", "--raw", "--plot", str(tmp_path / "reliability.png")).code == 0
+    assert (tmp_path / "reliability.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_explain_json_carries_steps_and_costs(run: Run) -> None:
     data = json.loads(run("explain", "abcdefgh", "--raw", "--json").stdout)
     assert [step["num_accepted"] for step in data["steps"]] == [3, 3]

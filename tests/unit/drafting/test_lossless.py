@@ -17,8 +17,11 @@ from paceline.drafting.registry import TABLE, create, names
 from toys import Language, ToyRunner, make_view, noisy_language, random_language, speculate_toy
 
 VOCAB = 5
-PARTS_OF_A_TARGET = {"early_exit", "layer_skip"}  # tested beside their code, on a model that has layers
-ALL = [name for name in sorted(names()) if name not in PARTS_OF_A_TARGET]
+# Parts of a target are tested beside their code, on a model that has layers.
+PARTS_OF_A_TARGET = {"early_exit", "layer_skip", "swift", "sparse_kv", "dynamic_precision"}
+HEADS = {f"{kind}{form}" for kind in ("medusa", "eagle", "eagle3") for form in ("", "+tree")}  # likewise, in test_heads_engine
+OTHER_TOKENIZERS = {"uag", "slem", "tli"}  # likewise, in test_cross_drafters
+ALL = [name for name in sorted(names()) if name not in PARTS_OF_A_TARGET | HEADS | OTHER_TOKENIZERS]
 RULES = [(name, "auto") for name in ALL] + [(name, "match") for name in ALL if TABLE[name.removesuffix("+tree")].samples]
 
 
@@ -27,6 +30,7 @@ def make(name: str, target: Language, folder: Path, vocab: int = VOCAB) -> Draft
     if name.startswith("rest"):
         write_corpus([np.random.default_rng(0).integers(0, vocab, 400).tolist()], folder / "corpus")
         name = name.replace("rest", f"rest:{folder / 'corpus'}")
+    name = name.replace("cascade", "cascade:ngram>model:near")
     if name.startswith("model"):
         name = name.replace("model", "model:near")
     name = name.replace("merged", "merged:ngram|suffix|token_recycling")
