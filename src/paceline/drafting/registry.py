@@ -163,7 +163,7 @@ TABLE: dict[str, Entry] = {
         tree=True,
     ),
 }
-AUTO = ("ngram",)
+AUTO = ("suffix", "ngram")
 """What `auto` stands for: the drafters that need neither a second model nor training."""
 
 
