@@ -139,10 +139,11 @@ def build_engine(
         source=target.source,
         level_costs=level_costs,
     )
-    made = drafters.create_all(speculation.draft, speculation.drafter_options, context)
+    notes = list(target.notes)
+    made = drafters.create_all(speculation.draft, speculation.drafter_options, context, notes.append)
     for drafter in made:
         costs.drafters[drafter.name] = _draft_cost(drafter, drafts, costs)
-    checks = [note for drafter in made if drafter.wants_hidden and (note := _check_head(cls, target, drafter, costs))]
+    notes += [note for drafter in made if drafter.wants_hidden and (note := _check_head(cls, target, drafter, costs))]
     controller = controllers.create(speculation.controller, costs, speculation.controller_options)
     profile = _profile_path(target, speculation) if speculation.remember else None
     if profile is not None and (known := read_json(profile)) is not None:
@@ -157,7 +158,7 @@ def build_engine(
         tokenizer=target.source.tokenizer,
         source=target.source,
         speculation=speculation,
-        notes=(*target.notes, *checks),
+        notes=notes,
     )
 
 

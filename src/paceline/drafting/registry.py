@@ -7,13 +7,14 @@ A draft specification is `none`, `auto`, or drafters joined by commas, in order 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any
 
 from paceline.config import build_options
 from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec
-from paceline.errors import OptionError
+from paceline.errors import OptionError, ResourceError
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,10 +229,13 @@ def create(name: str, options: dict[str, Any], context: DrafterContext) -> Draft
     return cls.build(spec, build_options(cls.options_type, options, f"drafter {name}"), context)
 
 
-def create_all(text: str, options: dict[str, Any], context: DrafterContext) -> list[Drafter]:
+def create_all(
+    text: str, options: dict[str, Any], context: DrafterContext, left_out: Callable[[str], None] | None = None
+) -> list[Drafter]:
     """Make the drafters of a specification.
 
     options: `{"max_size": 3}` goes to every drafter that has such an option, `{"ngram.max_size": 3}` to `ngram` alone.
+    left_out: hears of a drafter that there is no memory for, and the others go on without it; None: ResourceError is raised.
     Raises OptionError for an option that no drafter of the specification has.
     """
     specs = [_parse_one(name, text) for name in parse_spec(text)]
@@ -244,7 +248,15 @@ def create_all(text: str, options: dict[str, Any], context: DrafterContext) -> l
             raise OptionError(f"drafter_options: {key!r} fits no drafter of draft = {text!r}; known: {known}")
         for i in takers:
             own[i][option] = value
-    return [create(str(spec), mine, context) for spec, mine in zip(specs, own, strict=True)]
+    made: list[Drafter] = []
+    for spec, mine in zip(specs, own, strict=True):
+        try:
+            made.append(create(str(spec), mine, context))
+        except ResourceError as error:
+            if left_out is None:
+                raise
+            left_out(f"{spec}: left out, {error}")
+    return made
 
 
 def _option_names(kind: str) -> list[str]:

@@ -4,7 +4,8 @@ import pytest
 
 from paceline.drafting import registry
 from paceline.drafting.base import Drafter, DrafterContext
-from paceline.errors import OptionError
+from paceline.errors import OptionError, ResourceError
+from paceline.execution.base import Runner
 
 CONTEXT = DrafterContext(vocab_size=16, max_context=128)
 
@@ -54,3 +55,16 @@ def test_every_entry_loads_and_matches_its_class(kind: str) -> None:
     assert issubclass(cls, Drafter)
     assert cls.samples == entry.samples
     assert entry.summary
+
+
+def test_a_drafter_that_there_is_no_memory_for_is_left_out_and_named() -> None:
+    def full(path: str) -> Runner:
+        raise ResourceError(f"{path}: needs 9 GiB, 1 GiB is free")
+
+    context = DrafterContext(vocab_size=16, max_context=128, open_model=full)
+    told: list[str] = []
+    (left,) = registry.create_all("model:large,ngram", {}, context, told.append)
+    assert left.name == "ngram"
+    assert told == ["model:large: left out, large: needs 9 GiB, 1 GiB is free"]
+    with pytest.raises(ResourceError, match="9 GiB"):
+        registry.create_all("model:large,ngram", {}, context)

@@ -417,7 +417,7 @@ static void *worker_main(void *arg) {
   Worker *w = arg;
   Engine *e = w->engine;
   for (int seen = 0;;) {
-    await(e, &e->job, seen, 30000, 0); /* the caller is back within some tenths of a millisecond, or not soon */
+    await(e, &e->job, seen, 4000, 6000); /* the caller samples and drafts for up to a millisecond or two; another model's threads may need the core */
     seen = atomic_load(&e->job);
     if (e->stop) return NULL;
     run(w);
