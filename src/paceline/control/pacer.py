@@ -25,8 +25,8 @@ from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
 
 _NOTHING = Plan(None, 0, "plain: nothing to draft")
 _DUE_CATCH_UP, _STAY = 8, 16
-_READING = 64.0
-"""Plain steps that reading its first prompt may cost a drafter."""
+_READING = 24.0
+"""Plain steps that reading its first prompt may cost a drafter; a longer one must be earned first."""
 _RESTING = Plan(None, 0, "plain: drafting did not pay a moment ago")
 _CLEARLY_NOT, _REST = 0.97, 8
 """Speed under which an offer is clearly not worth it, and tokens for which it is then not priced again."""
@@ -339,12 +339,11 @@ class Pacer(Controller):
         free = plain if _alone(context) else table[0]
         line, rest = costs.line(outlook.drafter), costs.rest
         catch_up = costs.catch_up(outlook.drafter, outlook.catch_up)
-        if catch_up > 0.0 and outlook.drafter not in self._read:
+        if 0.0 < catch_up <= _READING * plain and outlook.drafter not in self._read:
             # What it is worth cannot be known before it has read a prompt: that is lent, once.
             self._read.add(outlook.drafter)
-            loan = min(catch_up, _READING * plain)
-            self._bank.lend(loan)
-            lane.purse.lend(loan)
+            self._bank.lend(catch_up)
+            lane.purse.lend(catch_up)
         margin = 1.0 + 2.0 * costs.deviation
         for k in range(wanted, 0, -1):
             worst = max(margin * offer.seconds[k], table[k] + line.worst(k) + rest.worst(k)) + catch_up
