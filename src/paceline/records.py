@@ -1,4 +1,5 @@
-"""What passes between the parts: plain, frozen records. Imports nothing of ours, and no torch at run time.
+"""What passes between the parts: plain records, frozen but for a round in the making. Imports nothing of ours, and no torch at
+run time.
 
 Vocabulary: *drafted* tokens are proposed by a draft; *accepted* ones were kept by verification; the target adds one more
 token a round, *recovered* (it replaces a rejected one) or *bonus* (everything was accepted); *emitted* = accepted + 1.
@@ -155,6 +156,79 @@ class StepRecord:
     """As in `Verdict.divergence`."""
     relaxed: tuple[int, ...] = ()
     """As in `Verdict.relaxed`."""
+
+    @property
+    def labels(self) -> tuple[float, ...]:
+        """Acceptance of positions 1, 2, ... as far as the round shows it: up to and including the first rejection, nothing beyond.
+
+        The exact conditional acceptance probability where the rule reports it (for rules of ratio form that is 1 - TV(p, q)), else
+        1 for accepted and 0 for rejected. A round cut by a stop condition shows no rejection.
+        """
+        if self.acceptance:
+            return self.acceptance[: self.num_accepted] if self.truncated else self.acceptance
+        hits = (1.0,) * self.num_accepted
+        whole = self.truncated or self.num_accepted >= (self.num_levels or self.num_drafted)
+        return hits if whole else (*hits, 0.0)
+
+
+PLAIN = Plan(None, 0, "plain")
+NO_DRAFT = Draft(())
+
+
+@dataclass(slots=True)
+class Round:
+    """A round of one sequence in the making; times are seconds."""
+
+    plan: Plan
+    context_length: int
+    signal: int = 0
+    draft: Draft = NO_DRAFT
+    control_seconds: float = 0.0
+    draft_seconds: float = 0.0
+
+    def record(
+        self,
+        request_id: int,
+        verdict: Verdict,
+        kept: int,
+        *,
+        verify_seconds: float,
+        round_seconds: float,
+        batch: tuple[int, int, int],
+        warmup: bool,
+        task: str = "",
+    ) -> StepRecord:
+        """The finished round. kept: emitted tokens that stayed; batch: `batch_size`, `batch_rows` and `batch_emitted`."""
+        plan, draft = self.plan, self.draft
+        return StepRecord(
+            request_id=request_id,
+            drafter=plan.drafter if plan.num_draft else None,
+            num_planned=plan.num_draft,
+            num_drafted=len(draft),
+            num_accepted=min(kept, len(verdict.path)),
+            num_emitted=kept,
+            context_length=self.context_length,
+            signal=self.signal,
+            draft_seconds=self.draft_seconds,
+            verify_seconds=verify_seconds,
+            control_seconds=self.control_seconds,
+            round_seconds=round_seconds,
+            batch_size=batch[0],
+            batch_rows=batch[1],
+            batch_emitted=batch[2],
+            confidences=draft.confidences,
+            acceptance=verdict.acceptance,
+            truncated=kept < len(verdict.emitted),
+            probe=plan.probe,
+            warmup=warmup,
+            expected_emitted=plan.expected_emitted,
+            expected_seconds=plan.expected_seconds,
+            task=task,
+            reason=plan.reason,
+            num_levels=draft.num_levels,
+            divergence=verdict.divergence,
+            relaxed=verdict.relaxed,
+        )
 
 
 @dataclass(frozen=True, slots=True)

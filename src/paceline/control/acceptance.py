@@ -36,17 +36,8 @@ def signal_bucket(signal: int) -> int:
 
 
 def observed_labels(record: StepRecord) -> tuple[float, ...]:
-    """What a round says about positions 1, 2, ...: up to and including the first rejection, nothing beyond.
-
-    Exact acceptance probabilities where the rule gave them (lower variance), else 1 for accepted and 0 for rejected. Rounds
-    that a stop condition cut short say nothing.
-    """
-    if record.truncated or record.num_drafted == 0:
-        return ()
-    if record.acceptance:
-        return record.acceptance
-    hits = (1.0,) * record.num_accepted
-    return hits if record.num_accepted >= (record.num_levels or record.num_drafted) else (*hits, 0.0)
+    """`StepRecord.labels`, exact where the rule gave probabilities (lower variance); none of a round that was cut short."""
+    return () if record.truncated else record.labels
 
 
 class PositionTable:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from paceline.control.base import Controller, RoundContext
-from paceline.control.rounds import labels, plan_first, require, require_count, require_length, require_number
+from paceline.control.rounds import plan_first, require, require_count, require_length, require_number
 from paceline.costs import CostTable
 from paceline.records import Plan, StepRecord
 
@@ -116,7 +116,7 @@ class Dsde(Controller):
         return plan_first(context, round(length), f"divergence {request.last_mean:.3f}, variance ratio {ratio:.2f}")
 
     def observe(self, record: StepRecord) -> None:
-        divergences = [2 * (1 - a) ** 2 for a in labels(record)]
+        divergences = [2 * (1 - a) ** 2 for a in record.labels]
         if not divergences or record.num_drafted == 0:
             return
         request = self._request(record.request_id)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from paceline.control.base import Controller, RoundContext, longest_outlook
-from paceline.control.rounds import Price, RoundCosts, labels, plan_first, require, require_length, require_number
+from paceline.control.rounds import Price, RoundCosts, plan_first, require, require_length, require_number
 from paceline.costs import CostTable
 from paceline.records import Plan, StepRecord
 
@@ -97,7 +97,7 @@ class Hedge(Controller):
     def observe(self, record: StepRecord) -> None:
         context = self._contexts.get(record.request_id)
         self.price.add(record)
-        seen = labels(record)
+        seen = record.labels
         if context is None or record.drafter is None or not seen:
             return
         decay = self.options.discount

@@ -19,12 +19,10 @@ from paceline.control.base import Controller, RoundContext
 from paceline.drafting.base import Drafter, DraftSession, Reviewer, SequenceView
 from paceline.drafting.choice import evidence
 from paceline.execution.base import Segment, prefill
-from paceline.records import Draft, Plan, StepRecord, Verdict
+from paceline.records import PLAIN, Draft, Round, Verdict
 from paceline.sampling import CounterRandom, SampledRows
 from paceline.verification.registry import AUTO, choose_rule
 
-_PLAIN = Plan(None, 0, "plain")
-_NO_DRAFT = Draft(())
 _FEW = 4
 """Tokens that the cache may lack and that ride along with a round; more are fed in a pass of their own, before the clock starts."""
 
@@ -41,18 +39,6 @@ class Emitted:
     entropy: float
     """Nats."""
     margin: float
-
-
-@dataclass(slots=True)
-class _Round:
-    """A round in the making; times in seconds."""
-
-    before: int
-    plan: Plan = _PLAIN
-    signal: int = 0
-    draft: Draft = _NO_DRAFT
-    draft_seconds: float = 0.0
-    control_seconds: float = 0.0
 
 
 class Level:
@@ -100,7 +86,7 @@ class Level:
         """One round: 1 to `most` tokens, behind which the text goes on. Nothing follows an end token."""
         view, reviewer = self.view, self._reviewer
         self._catch_up()
-        made = _Round(len(view.tokens))
+        made = Round(PLAIN, len(view.tokens))
         started = perf_counter()
         self._draft(made, most - 1)
         feed = view.tokens[reviewer.fed :]
@@ -117,7 +103,7 @@ class Level:
             vocab_size=reviewer.vocab_size,
         )
         rule = choose_rule(AUTO, view.sampling, made.draft, seeded=view.coupled)
-        verdict = rule.verify(rows, made.draft, CounterRandom(view.seed), made.before)
+        verdict = rule.verify(rows, made.draft, CounterRandom(view.seed), made.context_length)
         emitted = list(self._emitted(rows, verdict))
         path = (0, *(node + 1 for node in verdict.path))[: len(emitted)]
         behind = len(feed) - 1
@@ -127,7 +113,18 @@ class Level:
         if self._session is not None:
             self._session.observe(verdict if made.draft.tokens else None, logits if self._lower.wants_logits else None)
         seconds = perf_counter() - started
-        self._controller.observe(self._record(made, verdict, len(emitted), behind, verify_seconds, seconds))
+        planned = made.plan.num_draft
+        record = made.record(
+            view.request_id,
+            verdict,
+            len(emitted),
+            verify_seconds=verify_seconds,
+            round_seconds=seconds,
+            batch=(1, behind + len(made.draft) + 1 if planned else 0, 0),
+            # A plain round that had to catch up says nothing of what a plain step costs.
+            warmup=self._cold or (behind > 0 and planned == 0),
+        )
+        self._controller.observe(record)
         self.drafted, self._cold = len(made.draft) > 0, False
         return emitted
 
@@ -146,10 +143,10 @@ class Level:
             prefill(self._runner, reviewer.cache, missing)
             reviewer.fed += len(missing)
 
-    def _draft(self, made: _Round, most: int) -> None:
+    def _draft(self, made: Round, most: int) -> None:
         """Let the controller decide, and the lower drafter propose."""
         view = self.view
-        limit = min(most, self._max_draft, self._runner.info.max_context - made.before)
+        limit = min(most, self._max_draft, self._runner.info.max_context - made.context_length)
         if limit < 1:
             return
         started = perf_counter()
@@ -157,7 +154,7 @@ class Level:
             self._session = self._lower.open(view)
         outlook = self._session.outlook(limit)
         looked = perf_counter()
-        plan = self._controller.plan(RoundContext(view.request_id, made.before, limit, (outlook,)))
+        plan = self._controller.plan(RoundContext(view.request_id, made.context_length, limit, (outlook,)))
         planned = perf_counter()
         if plan.num_draft > 0:
             made.plan, made.signal = plan, outlook.signal
@@ -186,34 +183,3 @@ class Level:
             yield Emitted(token, probs, largest, own, entropy, largest - second)
             if token in self.view.end_ids:
                 return
-
-    def _record(
-        self, made: _Round, verdict: Verdict, kept: int, behind: int, verify_seconds: float, round_seconds: float
-    ) -> StepRecord:
-        """The finished round. behind: tokens that were fed before the pending one."""
-        plan, draft = made.plan, made.draft
-        return StepRecord(
-            request_id=self.view.request_id,
-            drafter=plan.drafter,
-            num_planned=plan.num_draft,
-            num_drafted=len(draft),
-            num_accepted=min(kept, len(verdict.path)),
-            num_emitted=kept,
-            context_length=made.before,
-            signal=made.signal,
-            draft_seconds=made.draft_seconds,
-            verify_seconds=verify_seconds,
-            control_seconds=made.control_seconds,
-            round_seconds=round_seconds,
-            batch_rows=behind + len(draft) + 1 if plan.num_draft else 0,
-            confidences=draft.confidences,
-            acceptance=verdict.acceptance,
-            truncated=kept < len(verdict.emitted),
-            probe=plan.probe,
-            # A plain round that had to catch up says nothing of what a plain step costs.
-            warmup=self._cold or (behind > 0 and plan.num_draft == 0),
-            expected_emitted=plan.expected_emitted,
-            expected_seconds=plan.expected_seconds,
-            reason=plan.reason,
-            num_levels=draft.num_levels,
-        )
