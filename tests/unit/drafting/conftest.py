@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from unit.drafting.enumeration_kit import put_coins
+
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
@@ -13,3 +15,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def enumerated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random numbers of drafts become coins, as `law_of_text` counts them."""
+    put_coins(monkeypatch)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from paceline.config import SamplingParams
 from paceline.control import registry as controllers
 from paceline.costs import CostTable, DraftCost
-from paceline.drafting import choice
 from paceline.drafting.base import DrafterContext, SequenceView
 from paceline.drafting.cross_vocab import base
 from paceline.drafting.cross_vocab.base import TranslatedDrafter
@@ -24,18 +22,15 @@ from paceline.engine import Engine
 from paceline.errors import OptionError
 from paceline.models.tokenizer import FastTokenizer
 from paceline.records import Draft, DraftFeatures
-from paceline.sampling import Purpose, SampledRows
-from paceline.verification.registry import choose_rule
+from paceline.sampling import Purpose
 from tiny_models import byte_level_tokenizer
 from toys import Language, ToyRunner, make_view, random_language, speculate_toy, table_language
 from unit.drafting.cross_toys import draft_letters, merging, target_letters
-from unit.verification.exact import Branch, Coin, Law, branching_draw, extend, outcomes, target_law, total_variation
+from unit.drafting.enumeration_kit import CountedSeeds, law_of_text, rows_of
+from unit.drafting.kit import always, greedy_text
+from unit.verification.exact import target_law, total_variation
 
 KINDS = ("uag", "slem", "tli")
-
-
-def always(_: DraftFeatures) -> bool:
-    return True
 
 
 def make(
@@ -85,13 +80,6 @@ def always_the_same(row: Sequence[float]) -> Language:
     return table_language(dict.fromkeys(range(len(row)), row))
 
 
-def greedy_text(language: Language, tokens: Sequence[int], count: int) -> list[int]:
-    text = list(tokens)
-    for _ in range(count):
-        text.append(int(np.argmax(language(tuple(text)))))
-    return text[len(tokens) :]
-
-
 # ---------- exactness ----------
 
 
@@ -115,69 +103,6 @@ def test_seeded_text_does_not_depend_on_the_draft(kind: str) -> None:
         drafter = make(kind, random_language(6, order=2, seed=4))
         texts.add(tuple(speculate_toy(ToyRunner(target, 4), drafter, view, 40, num_draft)))
     assert len(texts) == 1
-
-
-class BranchRandom:
-    """Stands in for `CounterRandom`: a number is a coin of the running branch, the same one whenever its key returns."""
-
-    branch: Branch
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def uniform(self, position: int, purpose: Purpose, index: int = 0) -> Coin:
-        return self.branch.uniform(1000 * (self.seed + 1) + position, purpose, index)
-
-
-class CountedSeeds:
-    """Stands in for `CounterRandom` where seeds are renewed: a seed of its own for each (seed, position)."""
-
-    known: ClassVar[dict[tuple[int, int], int]] = {}
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def uniform(self, position: int, purpose: Purpose) -> float:
-        assert purpose == Purpose.DRAFT
-        return self.known.setdefault((self._seed, position), len(self.known) + 1) / 2.0**53
-
-
-@pytest.fixture
-def enumerated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every random number of a draft becomes a coin with all its outcomes."""
-    monkeypatch.setattr(choice, "CounterRandom", BranchRandom)
-    monkeypatch.setattr(choice, "draw", branching_draw)
-    monkeypatch.setattr(base, "CounterRandom", CountedSeeds)
-
-
-PROMPT = (0, 1)
-
-
-def rows_of(language: Language) -> Callable[[tuple[int, ...]], torch.Tensor]:
-    return lambda prefix: torch.softmax(torch.from_numpy(language(PROMPT + prefix)), dim=-1)
-
-
-def law_of_text(drafter: TranslatedDrafter, target: Language, length: int, num_draft: int) -> Law:
-    """Law of the first `length` tokens of a text, over as many rounds as that takes."""
-    sampling = SamplingParams(temperature=1.0)
-
-    def run(branch: Branch) -> tuple[int, tuple[int, ...]]:
-        BranchRandom.branch = branch
-        view = make_view(PROMPT, sampling=sampling)
-        session = drafter.open(view)
-        while len(view.tokens) < len(PROMPT) + length:
-            draft = session.propose(num_draft, always)
-            path = tuple(view.tokens)
-            logits = [torch.from_numpy(target(path + draft.tokens[:j])).float() for j in range(len(draft) + 1)]
-            rows = SampledRows(torch.stack(logits), sampling, view.tokens, len(PROMPT), draft)
-            rule = choose_rule("auto", sampling, draft, seeded=False)
-            verdict = rule.verify(rows, draft, branch, len(view.tokens))  # type: ignore[arg-type]
-            view.tokens += verdict.emitted
-            session.observe(verdict if draft.tokens else None, None)
-        session.close()
-        return 0, tuple(view.tokens[len(PROMPT) : len(PROMPT) + length])
-
-    return extend(outcomes(run), rows_of(target), length)
 
 
 @pytest.mark.usefixtures("enumerated")

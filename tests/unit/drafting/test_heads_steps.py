@@ -19,7 +19,7 @@ from paceline.drafting.base import Drafter, DrafterContext, DraftSession, Sequen
 from paceline.drafting.heads.medusa import MedusaDrafter
 from paceline.drafting.heads.recurrent import RecurrentSession
 from paceline.execution.lean import LeanRunner
-from paceline.records import Draft, DraftFeatures, Verdict
+from paceline.records import Draft, Verdict
 from toys import make_view
 from unit.drafting.heads_reference import (
     TARGET,
@@ -34,6 +34,7 @@ from unit.drafting.heads_reference import (
     target_states,
     write,
 )
+from unit.drafting.kit import always
 from unit.execution.toy_sources import ToySource, random_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,10 +84,6 @@ def open_session(drafter: Drafter, tokens: Sequence[int], **view: object) -> tup
     session = drafter.open(made)
     follow(session, drafter, tokens, 0)
     return made, session
-
-
-def always(_: DraftFeatures) -> bool:
-    return True
 
 
 @pytest.mark.parametrize("layout", ["original", "speculators"])

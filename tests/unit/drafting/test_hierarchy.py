@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from hypothesis import strategies as st
 from paceline.config import SamplingParams
 from paceline.control.base import Controller, RoundContext
 from paceline.costs import CostTable, DraftCost
-from paceline.drafting import choice, hierarchy, level
+from paceline.drafting import hierarchy
 from paceline.drafting.base import Drafter, DrafterContext
 from paceline.drafting.hierarchy import CascadeDrafter, CascadeOptions
 from paceline.drafting.model import ModelDrafter
@@ -24,11 +22,12 @@ from paceline.drafting.ngram import NgramDrafter
 from paceline.drafting.registry import create, parse_spec
 from paceline.errors import OptionError
 from paceline.records import Draft, DraftFeatures, Plan, StepRecord
-from paceline.sampling import Purpose, SampledRows
+from paceline.sampling import Purpose
 from paceline.verification import block
-from paceline.verification.registry import choose_rule
 from toys import Language, ToyRunner, make_view, next_token_language, noisy_language, random_language, speculate_toy, table_language
-from unit.verification.exact import Branch, Coin, Law, branching_draw, extend, outcomes, target_law, total_variation
+from unit.drafting.enumeration_kit import PROMPT, BranchRandom, law_of_text, rows_of
+from unit.drafting.kit import always, greedy_text
+from unit.verification.exact import Branch, Law, branching_draw, extend, outcomes, target_law, total_variation
 
 VOCAB = 5
 SPECS = {
@@ -43,10 +42,6 @@ SPECS = {
 """By depth; a model's name is the noise between it and the target."""
 
 
-def always(_: DraftFeatures) -> bool:
-    return True
-
-
 def make(spec: str, target: Language, vocab: int = VOCAB, *, max_context: int = 512, **options: object) -> CascadeDrafter:
     def open_model(noise: str) -> ToyRunner:
         # Noises of their own: along one direction a level lies between its neighbours, and some rejections never happen.
@@ -56,13 +51,6 @@ def make(spec: str, target: Language, vocab: int = VOCAB, *, max_context: int = 
     made = create(spec, {"controller": "fixed", **options}, context)
     assert isinstance(made, CascadeDrafter)
     return made
-
-
-def greedy_text(language: Language, tokens: Sequence[int], count: int) -> list[int]:
-    text = list(tokens)
-    for _ in range(count):
-        text.append(int(np.argmax(language(tuple(text)))))
-    return text[len(tokens) :]
 
 
 # ---------- exactness ----------
@@ -120,69 +108,6 @@ def test_sampled_text_follows_the_targets_distribution(spec: str, controller: st
     exact = target_law(lambda tail: torch.softmax(torch.from_numpy(target((0, 1, *tail))), dim=-1), 3)
     observed = [counts[tail] for tail in exact]
     assert scipy.stats.chisquare(observed, [samples * p for p in exact.values()]).pvalue > 1e-6
-
-
-class BranchRandom:
-    """Stands in for `CounterRandom`: a number is a coin of the running branch, the same one whenever its key returns."""
-
-    branch: Branch
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def uniform(self, position: int, purpose: Purpose, index: int = 0) -> Coin:
-        return self.branch.uniform(1000 * (self.seed + 1) + position, purpose, index)
-
-
-class CountedSeeds:
-    """Stands in for `CounterRandom` where seeds are renewed: a seed of its own for each (seed, position)."""
-
-    known: ClassVar[dict[tuple[int, int], int]] = {}
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def uniform(self, position: int, purpose: Purpose) -> float:
-        assert purpose == Purpose.DRAFT
-        return self.known.setdefault((self._seed, position), len(self.known) + 1) / 2.0**53
-
-
-@pytest.fixture
-def enumerated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every random number of a hierarchy becomes a coin with all its outcomes."""
-    for module in (level, choice):
-        monkeypatch.setattr(module, "CounterRandom", BranchRandom)
-    monkeypatch.setattr(choice, "draw", branching_draw)
-    monkeypatch.setattr(hierarchy, "CounterRandom", CountedSeeds)
-
-
-PROMPT = (0, 1)
-
-
-def law_of_text(drafter: Drafter, target: Language, length: int, num_draft: int) -> Law:
-    """Law of the first `length` tokens of a text that the hierarchy drafted, over as many rounds as that takes."""
-    sampling = SamplingParams(temperature=1.0)
-
-    def run(branch: Branch) -> tuple[int, tuple[int, ...]]:
-        BranchRandom.branch = branch
-        view = make_view(PROMPT, sampling=sampling)
-        session = drafter.open(view)
-        while len(view.tokens) < len(PROMPT) + length:
-            draft = session.propose(num_draft, always)
-            path = tuple(view.tokens)
-            logits = [torch.from_numpy(target(path + draft.tokens[:j])).float() for j in range(len(draft) + 1)]
-            rows = SampledRows(torch.stack(logits), sampling, view.tokens, len(PROMPT), draft)
-            rule = choose_rule("auto", sampling, draft, seeded=False)
-            verdict = rule.verify(rows, draft, branch, len(view.tokens))  # type: ignore[arg-type]
-            view.tokens += verdict.emitted
-        session.close()
-        return 0, tuple(view.tokens[len(PROMPT) : len(PROMPT) + length])
-
-    return extend(outcomes(run), rows_of(target), length)
-
-
-def rows_of(language: Language):  # type: ignore[no-untyped-def]
-    return lambda prefix: torch.softmax(torch.from_numpy(language(PROMPT + prefix)), dim=-1)
 
 
 def chain(depth: int, vocab: int, seed: int) -> tuple[Language, CascadeDrafter]:

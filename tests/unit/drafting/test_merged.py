@@ -10,14 +10,11 @@ from paceline.drafting.recycling import RecyclingDrafter
 from paceline.drafting.registry import create
 from paceline.drafting.rows import TopTokens
 from paceline.errors import OptionError
-from paceline.records import DraftFeatures, Verdict
+from paceline.records import Verdict
 from toys import make_view
+from unit.drafting.kit import always
 
 CONTEXT = DrafterContext(vocab_size=16, max_context=64)
-
-
-def always(_: DraftFeatures) -> bool:
-    return True
 
 
 def test_the_parts_share_one_tree() -> None:

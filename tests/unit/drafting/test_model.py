@@ -15,24 +15,14 @@ from paceline.errors import OptionError
 from paceline.records import Draft, DraftFeatures
 from paceline.sampling import CounterRandom, Purpose, draw, process_logits, to_probs
 from toys import Language, ToyRunner, make_view, next_token_language, noisy_language, random_language
+from unit.drafting.kit import always, greedy_text
 
 VOCAB = 12
-
-
-def always(_: DraftFeatures) -> bool:
-    return True
 
 
 def open_session(language: Language, view: SequenceView, **settings: int) -> tuple[ToyRunner, ModelSession]:
     runner = ToyRunner(language, VOCAB, **settings)
     return runner, ModelDrafter(runner, "model:toy").open(view)
-
-
-def greedy_continuation(language: Language, tokens: Sequence[int], count: int) -> list[int]:
-    text = list(tokens)
-    for _ in range(count):
-        text.append(int(np.argmax(language(tuple(text)))))
-    return text[len(tokens) :]
 
 
 def test_cache_lengths_follow_the_worked_example() -> None:
@@ -67,7 +57,7 @@ def test_drafts_equal_the_draft_models_own_greedy_text_after_any_acceptance() ->
             continue
         num_tokens = int(rng.integers(1, 6))
         draft = session.propose(num_tokens, always)
-        assert list(draft.tokens) == greedy_continuation(language, view.tokens, num_tokens)
+        assert list(draft.tokens) == greedy_text(language, view.tokens, num_tokens)
         accepted = num_tokens if kind == 1 else int(rng.integers(0, num_tokens + 1))
         view.tokens += [*draft.tokens[:accepted], int(rng.integers(VOCAB))]
 
@@ -94,7 +84,7 @@ def test_a_long_catch_up_is_fed_in_chunks() -> None:
     assert session.outlook(4).catch_up == 1199
     draft = session.propose(2, always)
     assert [len(fed) for fed in runner.fed] == [512, 512, 175, 1, 1]
-    assert list(draft.tokens) == greedy_continuation(language, view.tokens, 2)
+    assert list(draft.tokens) == greedy_text(language, view.tokens, 2)
 
 
 def test_a_draft_asked_for_twice_is_the_same() -> None:
@@ -293,7 +283,7 @@ def test_draft_temperature_changes_the_row_and_zero_removes_it() -> None:
     assert torch.allclose(sharp.draft_probs[0], processed_row(language, [1, 2, 3], SamplingParams(temperature=0.5), 3))
     greedy = ModelDrafter(ToyRunner(language, VOCAB), options=ModelOptions(temperature=0.0)).open(view).propose(4, always)
     assert greedy.draft_probs is None
-    assert list(greedy.tokens) == greedy_continuation(language, view.tokens, 4)
+    assert list(greedy.tokens) == greedy_text(language, view.tokens, 4)
 
 
 def tree_session(language: Language, view: SequenceView, **options: float) -> tuple[ToyRunner, DraftSession]:
@@ -317,7 +307,7 @@ def test_trees_hold_the_most_probable_paths_of_the_model() -> None:
         logits = language((1, 2, 3, *before))
         assert draft.confidences[i] == pytest.approx(np.exp(logits[token]) / np.exp(logits).sum(), rel=1e-4)
         paths.append((*before, token))
-    greedy = greedy_continuation(language, view.tokens, 1)
+    greedy = greedy_text(language, view.tokens, 1)
     assert (greedy[0],) in paths
 
 

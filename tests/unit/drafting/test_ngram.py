@@ -7,12 +7,8 @@ from hypothesis import strategies as st
 
 from paceline.drafting.ngram import NgramDrafter, NgramOptions, NgramSession
 from paceline.errors import OptionError
-from paceline.records import DraftFeatures
 from toys import make_view
-
-
-def always(_: DraftFeatures) -> bool:
-    return True
+from unit.drafting.kit import always
 
 
 def session(tokens: list[int], *, max_size: int = 4, min_size: int = 1, end_ids: tuple[int, ...] = ()) -> NgramSession:

@@ -6,12 +6,9 @@ from paceline.drafting.recycling import RecyclingDrafter
 from paceline.drafting.rows import TopTokens, row_tokens, top_tokens
 from paceline.drafting.templates import LearntTemplate
 from paceline.drafting.trees import depths
-from paceline.records import DraftFeatures, Verdict
+from paceline.records import Verdict
 from toys import make_view
-
-
-def always(_: DraftFeatures) -> bool:
-    return True
+from unit.drafting.kit import always
 
 
 def filled(*, tree: bool) -> RecyclingDrafter:

@@ -14,14 +14,10 @@ from paceline.drafting.rest import RestDrafter, RestOptions
 from paceline.drafting.suffix_index import BREAK
 from paceline.errors import CacheError, OptionError
 from paceline.models.base import Tokenizer
-from paceline.records import DraftFeatures
 from toys import make_view
+from unit.drafting.kit import always
 
 TEXT = [1, 2, 3, 4, 9, 1, 2, 3, 5, 9, 7, 2, 3, 4, 6]
-
-
-def always(_: DraftFeatures) -> bool:
-    return True
 
 
 class Letters(Tokenizer):

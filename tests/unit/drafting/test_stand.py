@@ -10,15 +10,12 @@ import torch
 from paceline.config import SamplingParams
 from paceline.drafting.sparse import SparseRow
 from paceline.drafting.stand import NgramMemory, StandDrafter, StandOptions, distribution
-from paceline.records import DraftFeatures, Verdict
+from paceline.records import Verdict
 from paceline.sampling import to_probs
 from toys import make_view
+from unit.drafting.kit import always
 
 SAMPLED = SamplingParams(temperature=1.0)
-
-
-def always(_: DraftFeatures) -> bool:
-    return True
 
 
 def test_visits_are_averaged_over_the_union_and_the_best_stay() -> None:

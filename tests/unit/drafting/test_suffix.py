@@ -22,15 +22,11 @@ from paceline.drafting.suffix_index import (
     speculate,
 )
 from paceline.drafting.suffix_native import open_index
-from paceline.records import DraftFeatures
 from toys import make_view
+from unit.drafting.kit import always
 
 R1 = [1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3, 4]
 R2 = [9, 2, 3, 4]
-
-
-def always(_: DraftFeatures) -> bool:
-    return True
 
 
 def index_of(*sequences: list[int]) -> SuffixIndex:
