@@ -8,7 +8,7 @@ import torch
 from unit.drafting.enumeration_kit import put_coins
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
     """Tensors of toy models are too small to share between threads: waiting for each other costs more than the work."""
     before = torch.get_num_threads()

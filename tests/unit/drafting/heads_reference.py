@@ -17,7 +17,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from unit.execution.toy_sources import CONFIGS, EXTRA_CONFIGS, stock_model
+from paceline.drafting import registry
+from paceline.drafting.base import Drafter, DrafterContext
+from paceline.execution.base import Runner
+from unit.execution.toy_sources import CONFIGS, EXTRA_CONFIGS, ToySource, stock_model
 
 LAYERS, VOCAB, HIDDEN = 6, 97, 32
 TARGET = "heads_target"
@@ -163,6 +166,14 @@ def _as_speculators(head: Head) -> tuple[Tensors, dict[str, Any]]:
     layer = {name: value for name, value in head.settings.items() if name in LAYER_CONFIG}
     rest = {name: value for name, value in head.settings.items() if name not in LAYER_CONFIG}
     return tensors, {"speculators_model_type": head.method, **common, "transformer_layer_config": layer, **rest}
+
+
+def drafter_of(
+    head: Head, folder: Path, target: Runner, layout: str = "original", *, tree: bool = False, **options: object
+) -> Drafter:
+    """The drafter of a head, made as the engine makes it."""
+    context = DrafterContext(vocab_size=target.info.vocab_size, max_context=512, target=target, source=ToySource(head.target))
+    return registry.create(f"{head.method}:{write(head, folder, layout)}{'+tree' if tree else ''}", dict(options), context)
 
 
 # ---------- the plain reference ----------

@@ -10,6 +10,7 @@ from itertools import product
 import pytest
 import scipy.stats
 import torch
+from hypothesis import strategies as st
 
 from paceline.config import SamplingParams
 from paceline.control import registry as controllers
@@ -17,7 +18,7 @@ from paceline.costs import CostTable
 from paceline.drafting import registry
 from paceline.drafting.base import Drafter, DrafterContext, DraftSession, SequenceView
 from paceline.engine import Engine
-from paceline.execution.base import Runner, prefill
+from paceline.execution.base import Runner, Segment, prefill
 from paceline.execution.lean import LeanRunner
 from paceline.execution.native import build
 from paceline.execution.native.runner import NativeRunner
@@ -46,9 +47,9 @@ def make(kind: str, backend: str = "native", name: str = "self_draft", **options
     def open_self(precision: str) -> Runner:
         return target(backend, name, precision)
 
-    def open_graded(narrow: str, wide: str, choose: Callable[[Runner], Sequence[bool]]) -> Runner:
+    def open_graded(narrow: str, wide: str, set_up: Callable[[Runner], str]) -> Runner:
         runner = target(backend, name, f"{narrow}+{wide}")
-        runner.set_grades(choose(runner))
+        set_up(runner)
         return runner
 
     vocab = 97 if name == "self_draft" else 5
@@ -85,6 +86,46 @@ def in_cache(backend: str = "native", tokens: list[int] = PROMPT, **settings: ob
 
 def all_of(session: DraftSession, count: int) -> Draft:
     return session.propose(count, lambda _: True)
+
+
+def writes_the_targets_text(drafter: Drafter, backend: str) -> None:
+    """Asserts that greedy and seeded answers are those of plain decoding, and that something was drafted."""
+    drafted = generate(drafter, backend)
+    assert drafted.token_ids == generate(None, backend).token_ids
+    assert drafted.num_drafted > 0
+    seeded = {"temperature": 1.0, "seed": 4}
+    assert generate(drafter, backend, **seeded).token_ids == generate(None, backend, **seeded).token_ids
+
+
+def gives_the_cache_back(drafter: Drafter, backend: str) -> int:
+    """Asserts that the target's cache is after a draft what it was before. Returns how many of five tokens were drafted."""
+    run, view = target(backend), in_cache(backend)
+    assert view.sequence is not None
+    before = run.forward([Segment(view.sequence, PROMPT[-1:])]).logits.clone()
+    count = len(all_of(drafter.open(view), 5))
+    assert view.sequence.length == len(PROMPT) - 1
+    assert torch.equal(run.forward([Segment(view.sequence, PROMPT[-1:])]).logits, before)
+    return count
+
+
+def keeps_the_cache_exact(data: st.DataObject, view: SequenceView, sessions: Sequence[DraftSession]) -> None:
+    """Asserts that after rounds of these sessions, each kept up to any token, the target's cache equals one built afresh."""
+    run, sequence = target(), view.sequence
+    assert sequence is not None
+    for _ in range(data.draw(st.integers(1, 5))):
+        session = data.draw(st.sampled_from(sessions))
+        session.outlook(4)
+        draft = all_of(session, data.draw(st.integers(1, 5)))
+        run.forward([Segment(sequence, (view.tokens[-1], *draft.tokens))])
+        kept = data.draw(st.integers(0, len(draft)))
+        run.accept(sequence, range(kept + 1))
+        view.tokens += [*draft.tokens[:kept], data.draw(st.integers(0, 96))]
+    for session in sessions:
+        session.close()
+    fresh = run.open()
+    prefill(run, fresh, view.tokens[:-1])
+    logits = [run.forward([Segment(cache, view.tokens[-1:])]).logits.clone() for cache in (sequence, fresh)]
+    assert torch.equal(*logits)
 
 
 def marginals_are_the_targets(drafter: Drafter, *, num_tokens: int = 2, samples: int = 300) -> bool:

@@ -22,8 +22,6 @@ from toys import ToyRunner, random_language
 from unit.drafting.heads_reference import TARGET, VOCAB, Head, random_eagle, random_eagle3, random_medusa, write
 from unit.execution.toy_sources import ToySource
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def context() -> DrafterContext:

@@ -33,6 +33,7 @@ from unit.drafting.heads_reference import (
     SMALL_VOCAB,
     TARGET,
     Head,
+    drafter_of,
     random_eagle,
     random_eagle3,
     random_medusa,
@@ -41,7 +42,6 @@ from unit.drafting.heads_reference import (
 )
 from unit.execution.toy_sources import CONFIGS, EXTRA_CONFIGS, ToySource, random_tokens, stock_logits, stock_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 BACKENDS = ["lean", "hf", *([] if isinstance(build.load_library(), str) else ["native"])]
 METHODS = ["eagle", "eagle3", "medusa"]
 FORMS = ["", "+tree"]
@@ -63,10 +63,8 @@ def head_of(method: str, target: str = TARGET) -> Head:
 
 def make(name: str, folder: Path, target: Runner, source: str = TARGET, **options: object) -> Drafter:
     """A drafter from `eagle`, `eagle3+tree`, ..., with a random head."""
-    method = name.removesuffix("+tree")
-    context = DrafterContext(vocab_size=target.info.vocab_size, max_context=512, target=target, source=ToySource(source))
-    path = write(head_of(method, source), folder)
-    return registry.create(f"{method}:{path}{'+tree' if name.endswith('+tree') else ''}", dict(options), context)
+    head = head_of(name.removesuffix("+tree"), source)
+    return drafter_of(head, folder, target, tree=name.endswith("+tree"), **options)
 
 
 def engine(target: Runner, drafters: Sequence[Drafter] = (), k: int = 4, **settings: object) -> Engine:
@@ -234,9 +232,8 @@ def test_a_head_that_knows_the_text_is_always_right(method: str, least: float, f
     torch.manual_seed(0)
     run, params = runner("lean"), SamplingParams(max_tokens=40)
     text = engine(run).generate(PROMPT, params).token_ids
-    path = write(fitted(method, [*PROMPT, *text]), tmp_path)
-    context = DrafterContext(vocab_size=97, max_context=512, target=run, source=ToySource(TARGET))
-    drafter = registry.create(f"{method}:{path}{form}", {"tree_width": 1} if form else {}, context)
+    options = {"tree_width": 1} if form else {}
+    drafter = drafter_of(fitted(method, [*PROMPT, *text]), tmp_path, run, tree=bool(form), **options)
     result = engine(run, [drafter]).generate(PROMPT, params)
     assert result.token_ids == text
     whole = result.steps[:-1]  # the last round is cut at the end of the text

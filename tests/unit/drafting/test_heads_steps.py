@@ -14,8 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from paceline.config import SamplingParams
-from paceline.drafting import registry
-from paceline.drafting.base import Drafter, DrafterContext, DraftSession, SequenceView
+from paceline.drafting.base import Drafter, DraftSession, SequenceView
 from paceline.drafting.heads.medusa import MedusaDrafter
 from paceline.drafting.heads.recurrent import RecurrentSession
 from paceline.execution.lean import LeanRunner
@@ -27,17 +26,16 @@ from unit.drafting.heads_reference import (
     Head,
     PlainHead,
     PlainMedusa,
+    drafter_of,
     plain,
     random_eagle,
     random_eagle3,
     random_medusa,
     target_states,
-    write,
 )
 from unit.drafting.kit import always
 from unit.execution.toy_sources import ToySource, random_tokens
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 HEADS = {
     "eagle": random_eagle(),
     "eagle without bias": random_eagle(5, bias=False),
@@ -62,9 +60,7 @@ def target() -> LeanRunner:
 
 
 def make(head: Head, folder: Path, layout: str = "original", *, tree: bool = False, **options: object) -> Drafter:
-    context = DrafterContext(vocab_size=VOCAB, max_context=512, target=target(), source=ToySource(TARGET))
-    name = f"{head.method}:{write(head, folder, layout)}" + ("+tree" if tree else "")
-    return registry.create(name, dict(options), context)
+    return drafter_of(head, folder, target(), layout, tree=tree, **options)
 
 
 def states_of(drafter: Drafter, tokens: Sequence[int]) -> torch.Tensor:

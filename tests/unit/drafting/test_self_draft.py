@@ -12,9 +12,22 @@ from hypothesis import strategies as st
 from paceline.drafting import registry
 from paceline.drafting.base import DrafterContext
 from paceline.errors import OptionError
-from paceline.execution.base import Segment, prefill
+from paceline.execution.base import Segment
 from toys import ToyRunner, random_language
-from unit.drafting.self_kit import BACKENDS, COMPILED, PROMPT, all_of, generate, in_cache, make, marginals_are_the_targets, target
+from unit.drafting.self_kit import (
+    BACKENDS,
+    COMPILED,
+    PROMPT,
+    all_of,
+    generate,
+    gives_the_cache_back,
+    in_cache,
+    keeps_the_cache_exact,
+    make,
+    marginals_are_the_targets,
+    target,
+    writes_the_targets_text,
+)
 
 SETTINGS: dict[str, tuple[str, dict[str, object]]] = {
     "quantized_self": ("quantized_self", {}),
@@ -34,12 +47,7 @@ IN_THE_TARGETS_CACHE = [name for name in SETTINGS if name not in ("quantized_sel
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_text_is_the_targets_own(name: str, backend: str) -> None:
     kind, options = SETTINGS[name]
-    drafter = make(kind, backend, **options)
-    drafted = generate(drafter, backend)
-    assert drafted.token_ids == generate(None, backend).token_ids
-    assert drafted.num_drafted > 0
-    seeded = {"temperature": 1.0, "seed": 4}
-    assert generate(drafter, backend, **seeded).token_ids == generate(None, backend, **seeded).token_ids
+    writes_the_targets_text(make(kind, backend, **options), backend)
 
 
 @COMPILED
@@ -53,36 +61,17 @@ def test_sampled_text_follows_the_targets_distribution(name: str) -> None:
 @pytest.mark.parametrize("name", IN_THE_TARGETS_CACHE)
 def test_the_targets_cache_is_given_back_as_it_was(name: str, backend: str) -> None:
     kind, options = SETTINGS[name]
-    run, view = target(backend), in_cache(backend)
-    assert view.sequence is not None
-    before = run.forward([Segment(view.sequence, PROMPT[-1:])]).logits.clone()
-    assert len(all_of(make(kind, backend, **options).open(view), 5)) == 5
-    assert view.sequence.length == len(PROMPT) - 1
-    assert torch.equal(run.forward([Segment(view.sequence, PROMPT[-1:])]).logits, before)
+    assert gives_the_cache_back(make(kind, backend, **options), backend) == 5
 
 
 @COMPILED
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_after_any_rounds_the_cache_equals_one_built_afresh(data: st.DataObject) -> None:
-    """Rounds of drafts of several kinds, each kept up to any token and followed by any other."""
-    run, view = target(), in_cache()
-    sequence = view.sequence
-    assert sequence is not None
+    """Several drafters take turns in the cache of one sequence."""
+    view = in_cache()
     names = data.draw(st.lists(st.sampled_from(IN_THE_TARGETS_CACHE), min_size=1, max_size=3, unique=True))
-    sessions = [make(SETTINGS[name][0], **SETTINGS[name][1]).open(view) for name in names]
-    for _ in range(data.draw(st.integers(1, 5))):
-        session = data.draw(st.sampled_from(sessions))
-        session.outlook(4)
-        draft = all_of(session, data.draw(st.integers(1, 4)))
-        run.forward([Segment(sequence, (view.tokens[-1], *draft.tokens))])
-        kept = data.draw(st.integers(0, len(draft)))
-        run.accept(sequence, range(kept + 1))
-        view.tokens += [*draft.tokens[:kept], data.draw(st.integers(0, 96))]
-    fresh = run.open()
-    prefill(run, fresh, view.tokens[:-1])
-    logits = [run.forward([Segment(cache, view.tokens[-1:])]).logits.clone() for cache in (sequence, fresh)]
-    assert torch.equal(*logits)
+    keeps_the_cache_exact(data, view, [make(SETTINGS[name][0], **SETTINGS[name][1]).open(view) for name in names])
 
 
 def test_several_sequences_at_once_are_as_alone() -> None:
