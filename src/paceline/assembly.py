@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -111,11 +111,9 @@ def build_engine(
         drafts[precision] = draft_runner, load_or_measure(draft_runner, target.source.fingerprint)[0]
         return draft_runner
 
-    def open_graded(narrow: str, wide: str, choose: Callable[[Runner], Sequence[bool]]) -> Runner:
+    def open_graded(narrow: str, wide: str, set_up: Callable[[Runner], str]) -> Runner:
         draft_runner = create_graded(target.source, target.config, narrow, wide)
-        grades = choose(draft_runner)
-        draft_runner.set_grades(grades)
-        draft_runner.info.extra["wide_layers"] = " ".join(str(layer) for layer, is_wide in enumerate(grades) if is_wide)
+        draft_runner.info.extra["grades"] = set_up(draft_runner)
         drafts[f"{narrow}+{wide}"] = draft_runner, load_or_measure(draft_runner, target.source.fingerprint)[0]
         return draft_runner
 

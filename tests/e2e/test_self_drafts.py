@@ -44,9 +44,9 @@ def target(source, precision: str) -> Runner:
 def test_greedy_text_is_that_of_plain_decoding(source, kind: str, precision: str) -> None:
     runner = target(source, precision)
 
-    def open_graded(narrow, wide, choose):
+    def open_graded(narrow, wide, set_up):
         graded = create_graded(source, RunnerConfig(device="cpu"), narrow, wide)
-        graded.set_grades(choose(graded))
+        set_up(graded)
         return graded
 
     context = DrafterContext(

@@ -36,9 +36,9 @@ class DrafterContext:
     """The target's."""
     open_self: Callable[[str], Runner] | None = None
     """Loads the target's own weights once more, in another precision."""
-    open_graded: Callable[[str, str, Callable[[Runner], Sequence[bool]]], Runner] | None = None
-    """Loads the target's own weights once more, each layer in a narrow and a wide precision, and sets the grades
-    (`Runner.set_grades`) that the function finds for that runner."""
+    open_graded: Callable[[str, str, Callable[[Runner], str]], Runner] | None = None
+    """Loads the target's own weights once more, every matrix in a narrow and a wide precision; the function chooses between them
+    (`Runner.set_grades`, `set_thresholds`) and says how in a few words, before costs are measured."""
     target: Runner | None = None
     """The target's runner, for drafters that run parts of it or read its states."""
     source: ModelSource | None = None

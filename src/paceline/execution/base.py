@@ -15,6 +15,9 @@ import torch
 
 from paceline.errors import OptionError
 
+MATRICES = ("qkv", "o", "gate_up", "down")
+"""The matrices of a layer, where one speaks of them by number."""
+
 
 class SequenceHandle(Protocol):
     """A sequence's place in the cache; made by `Runner.open`."""
@@ -150,12 +153,30 @@ class Runner(ABC):
         raise NotImplementedError(f"the {self.info.backend} backend does not hand out hidden states")
 
     grades: bool = False
-    """Whether every layer has its matrices in two precisions, and `set_grades` chooses between them."""
+    """Whether every layer has its matrices in two precisions, and `set_grades` or `set_thresholds` choose between them."""
+    matrix_weights: tuple[int, ...] = ()
+    """Weights of a layer's matrices in the order of MATRICES, where there are grades."""
 
-    def set_grades(self, wide: Sequence[bool]) -> None:
-        """Which layers compute in their second precision from now on; all others do in their first, as all do at the beginning.
+    def set_grades(self, wide: Sequence[Sequence[bool]]) -> None:
+        """Which matrices compute in their second precision from now on; all others do in their first, as all do at the beginning.
 
-        Raises OptionError for another number of layers, NotImplementedError unless `grades`.
+        wide: [layers][4], in the order of MATRICES. Raises OptionError for another shape, NotImplementedError unless `grades`.
+        """
+        raise NotImplementedError(f"the {self.info.backend} backend has one precision for all layers")
+
+    def set_thresholds(self, thresholds: torch.Tensor) -> None:
+        """Let every row choose, matrix by matrix: the second precision where the estimated error of the first one on the row's own
+        input (`execution/graded.py`) is above the threshold. Undone by `set_grades`.
+
+        thresholds: [layers, 4] float32, in the order of MATRICES. Raises OptionError for another shape, NotImplementedError
+        unless `grades`.
+        """
+        raise NotImplementedError(f"the {self.info.backend} backend has one precision for all layers")
+
+    def rounding_errors(self, tokens: Sequence[int]) -> torch.Tensor:
+        """[tokens, layers, 4] float32: those estimates for a text by itself, with the thresholds that are set.
+
+        Raises OptionError unless some are, or for more than 512 tokens; NotImplementedError unless `grades`.
         """
         raise NotImplementedError(f"the {self.info.backend} backend has one precision for all layers")
 
@@ -218,6 +239,25 @@ def check_gather(rows: torch.Tensor, length: int, heads: tuple[int, int]) -> tor
     if ends or bool((rows.diff(dim=-1) <= 0).any()):
         raise OptionError(f"rows: must increase and lie in 0 .. {length - 1}")
     return rows.expand(*heads, shape[-1])
+
+
+def check_thresholds(thresholds: torch.Tensor, runner: Runner) -> torch.Tensor:
+    """The thresholds of `set_thresholds`, float32 on the CPU. Raises OptionError unless they fit the runner."""
+    _check_matrices("thresholds", tuple(thresholds.shape), runner)
+    return thresholds.detach().float().cpu()
+
+
+def check_grades(wide: Sequence[Sequence[bool]], runner: Runner) -> None:
+    """Raises OptionError unless the grades of `set_grades` fit the runner."""
+    widths = {len(layer) for layer in wide}
+    _check_matrices("wide", (len(wide), widths.pop() if len(widths) == 1 else -1), runner)
+
+
+def _check_matrices(name: str, shape: tuple[int, ...], runner: Runner) -> None:
+    if not runner.grades:
+        raise OptionError(f"{name}: precision = {runner.info.precision!r} is one for all; a graded runner has two")
+    if shape != (runner.info.num_layers, len(MATRICES)):
+        raise OptionError(f"{name}: shape {shape}; {runner.info.num_layers} layers of {len(MATRICES)} matrices are there")
 
 
 def prefill(

@@ -5,6 +5,7 @@ Residual stream, norms and rotations are float32; matrices compute in their own 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 
 from paceline.errors import ModelError, OptionError
 from paceline.execution.attention import packed_attention
-from paceline.execution.base import ForwardOutput, RunnerInfo, Segment
+from paceline.execution.base import MATRICES, ForwardOutput, RunnerInfo, Segment, check_grades, check_thresholds
+from paceline.execution.graded import GradedLinear
 from paceline.execution.linears import Linear, lost_paths, make_linear
 from paceline.execution.structure import LayerWeights, Matrix, RopeSpec, describe_structure, merged_weights
 from paceline.execution.torch_runner import Pack, TorchRunner
@@ -23,7 +25,7 @@ PRECISIONS = ("fp32", "bf16", "int8", "int4")
 
 class LeanRunner(TorchRunner):
     """Runs Llama-like models (`describe_structure`) in `fp32`, `bf16`, `int8` or `int4`, or `int4+int8` (any two) for layers of two
-    grades (`set_grades`)."""
+    grades (`set_grades`, `set_thresholds`)."""
 
     @staticmethod
     def unsupported_reason(source: ModelSource, precision: str) -> str | None:
@@ -46,8 +48,9 @@ class LeanRunner(TorchRunner):
         self._embedding = weights.embedding.weight().to(device=device, dtype=self._dtype)
         self._narrow = [_Layer(self, layer, index) for index, layer in enumerate(weights.layers)]
         self._wide = [_Layer(self, layer, index, wide) for index, layer in enumerate(weights.layers)] if wide else []
+        self._graded: list[_Layer] = []
         self._layers = self._narrow
-        self.grades = bool(wide)
+        self.grades, self.matrix_weights = bool(wide), spec.matrix_weights
         self._final_norm = weights.final_norm.to(device)
         self._part = (spec.layers, bytes(spec.layers))
         """Layers that the current forward runs, and what it leaves out in each."""
@@ -82,10 +85,27 @@ class LeanRunner(TorchRunner):
             yield from (layer.qkv, layer.o, layer.gate_up, layer.down)
         yield self._head
 
-    def set_grades(self, wide: Sequence[bool]) -> None:
-        if len(wide) != len(self._wide):
-            raise OptionError(f"wide: {len(wide)} layers named; precision = {self.info.precision!r}, {self._spec.layers} layers")
-        self._layers = [(self._wide if chosen else self._narrow)[i] for i, chosen in enumerate(wide)]
+    def set_grades(self, wide: Sequence[Sequence[bool]]) -> None:
+        check_grades(wide, self)
+        self._layers = [narrow.mixed(other, chosen) for narrow, other, chosen in zip(self._narrow, self._wide, wide, strict=True)]
+
+    def set_thresholds(self, thresholds: torch.Tensor) -> None:
+        values = check_thresholds(thresholds, self).tolist()
+        if not self._graded:
+            self._graded = [narrow.graded(wide, self._device) for narrow, wide in zip(self._narrow, self._wide, strict=True)]
+        for layer, of_layer in zip(self._graded, values, strict=True):
+            for linear, threshold in zip(layer.graded_linears, of_layer, strict=True):
+                linear.threshold = threshold
+        self._layers = self._graded
+
+    def rounding_errors(self, tokens: Sequence[int]) -> torch.Tensor:
+        if not self._graded:
+            raise OptionError("rounding_errors: thresholds must be set first")
+        sequence = self.open()
+        self.forward([Segment(sequence, tokens, num_logits=0)])
+        self.close(sequence)
+        errors = [torch.stack([linear.errors for linear in layer.graded_linears], dim=-1) for layer in self._graded]
+        return torch.stack(errors, dim=1).cpu()
 
     runs_parts = True
 
@@ -146,6 +166,23 @@ class _Layer:
             self._qk_norm = torch.stack(heads).to(device)  # [Hq + Hkv, D]
         self.qkv, self.o = runner.linear(weights.qkv, precision), runner.linear(weights.o, precision)
         self.gate_up, self.down = runner.linear(weights.gate_up, precision), runner.linear(weights.down, precision)
+        self.graded_linears: tuple[GradedLinear, ...] = ()
+
+    def mixed(self, wide: _Layer, chosen: Sequence[bool]) -> _Layer:
+        """This block with the chosen matrices of `wide`."""
+        made = copy.copy(self)
+        for name, is_wide in zip(MATRICES, chosen, strict=True):
+            setattr(made, name, getattr(wide if is_wide else self, name))
+        return made
+
+    def graded(self, wide: _Layer, device: torch.device) -> _Layer:
+        """This block with matrices that choose, row by row, between its own and those of `wide`."""
+        spec, made = self._spec, copy.copy(self)
+        sizes = (spec.hidden, spec.heads * spec.head_dim, spec.hidden, spec.intermediate)
+        pairs = ((getattr(self, name), getattr(wide, name)) for name in MATRICES)
+        made.graded_linears = tuple(GradedLinear(*pair, size, device) for pair, size in zip(pairs, sizes, strict=True))
+        made.qkv, made.o, made.gate_up, made.down = made.graded_linears
+        return made
 
     def __call__(self, x: torch.Tensor, pack: Pack, cos: torch.Tensor, sin: torch.Tensor, skip: int = 0) -> torch.Tensor:
         """x: [T, H] float32. Returns the same shape. skip: bit 0 leaves the attention out, bit 1 the MLP."""

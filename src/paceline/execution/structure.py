@@ -69,6 +69,13 @@ class LeanSpec:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
 
+    @property
+    def matrix_weights(self) -> tuple[int, int, int, int]:
+        """Weights of q/k/v, o, gate/up and down of a layer."""
+        heads = self.heads * self.head_dim
+        qkv = (heads + 2 * self.kv_heads * self.head_dim) * self.hidden
+        return qkv, heads * self.hidden, 2 * self.intermediate * self.hidden, self.intermediate * self.hidden
+
     def rope_of(self, layer: int) -> RopeSpec:
         """Rotary positions of a layer."""
         return self.local_rope if self.local_rope is not None and self.windows[layer] is not None else self.rope

@@ -12,6 +12,10 @@ class Matrix(Structure):
     _fields_ = (("data", c_void_p), ("n", c_int32), ("k", c_int32), ("kind", c_int32), ("pad", c_int32))
 
 
+class Grades(Structure):
+    _fields_ = (("wide", Matrix * 4), ("spread", c_void_p * 4), ("threshold", c_float * 4))
+
+
 class Layer(Structure):
     _fields_ = (
         *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
@@ -19,13 +23,14 @@ class Layer(Structure):
         *((name, c_void_p) for name in ("qkv_bias", "q_norm", "k_norm")),
         ("window", c_int32),
         ("rope", c_int32),
+        ("grades", POINTER(Grades)),
     )
 
 
 class Model(Structure):
     _fields_ = (
         *((name, c_int32) for name in ("layers", "hidden", "heads", "kv_heads", "dim", "intermediate", "vocab", "act_kind")),
-        *((name, c_int32) for name in ("gelu", "kv_f32", "max_rows", "tables")),
+        *((name, c_int32) for name in ("gelu", "kv_f32", "max_rows", "tables", "graded")),
         *((name, c_float) for name in ("eps", "attention_scale", "embed_scale", "logit_cap")),
         ("embed", Matrix),
         ("head", Matrix),
@@ -51,6 +56,7 @@ class Batch(Structure):
         ("segment", POINTER(Segment)),
         *((name, c_void_p) for name in ("logit_row", "logits", "hidden", "best", "skip", "mass", "tap_layer", "taps")),
         *((name, c_int32) for name in ("mass_stride", "num_taps")),
+        ("errors", c_void_p),
     )
 
 

@@ -9,9 +9,9 @@
 #include <stdlib.h>
 
 #include "attention.h"
-#include "linear.h"
+#include "grades.h"
 
-#define ABI_VERSION 4
+#define ABI_VERSION 5
 
 typedef struct {
   Matrix qkv, o, gate_up, down;
@@ -19,11 +19,12 @@ typedef struct {
   const float *qkv_bias, *q_norm, *k_norm;                           /* NULL where absent */
   int32_t window;                                                    /* 0: full attention */
   int32_t rope;                                                      /* which rotary table */
+  const Grades *grades;                                              /* a second precision, chosen row by row; or NULL */
 } Layer;
 
 typedef struct {
   int32_t layers, hidden, heads, kv_heads, dim, intermediate, vocab, act_kind; /* act_kind: form of activations */
-  int32_t gelu, kv_f32, max_rows, tables;
+  int32_t gelu, kv_f32, max_rows, tables, graded; /* graded: whether layers may have `grades` */
   float eps, attention_scale, embed_scale, logit_cap;
   Matrix embed, head;
   const Layer *layer;
@@ -46,6 +47,7 @@ typedef struct {
   const int32_t *tap_layer; /* [num_taps] layers whose entering states are handed out; `layers`: the last state, normed */
   float *taps;              /* [rows][num_taps][hidden] */
   int32_t mass_stride, num_taps;
+  float *errors;            /* [rows][layers][MATRICES] estimated rounding errors of graded layers; or NULL */
 } Batch;
 
 typedef struct Engine Engine;
@@ -54,6 +56,7 @@ typedef struct {
   int id;
   float *scratch;
   int stride;
+  uint8_t *is_wide; /* [max_rows] of its latest choice */
 } Worker;
 
 struct Engine {
@@ -145,15 +148,29 @@ static void warm_up(const Worker *w, const Matrix *next, int block) {
   for (int i = 0; i < AHEAD; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
-/* out[row][feature] (+)= matrix times activations; out has `width` floats a row, of which matrix->n are written. */
-static void multiply(Worker *w, const Matrix *matrix, int rows, float *out, int width, int add) {
-  int tiles = (matrix->n + 15) / 16, from, to;
-  share(w, tiles, 1, &from, &to);
+/* The precision of each row for a matrix of layer l. Every worker finds it for itself, with the same bits: no barrier is due. */
+static Choice choose(Worker *w, int l, int which, const Matrix *narrow) {
+  const Engine *e = w->engine;
+  const Batch *b = e->batch;
+  const Grades *grades = e->model.layer[l].grades;
+  if (!grades) return (Choice){narrow, NULL, NULL};
+  for (int row = 0; row < b->rows; row++) {
+    float error = rounding_error(grades->spread[which], &e->acts, narrow->k / 32, row);
+    w->is_wide[row] = error > grades->threshold[which];
+    if (b->errors && w->id == 0) b->errors[((size_t)row * e->model.layers + l) * MATRICES + which] = error;
+  }
+  return (Choice){narrow, &grades->wide[which], w->is_wide};
+}
+
+/* out[row][feature] (+)= matrix times activations; out has `width` floats a row, of which the matrix writes the first n. */
+static void multiply(Worker *w, Choice choice, int rows, float *out, int width, int add) {
+  int n = choice.narrow->n, from, to;
+  share(w, (n + 15) / 16, 1, &from, &to);
   for (int tile = from; tile < to; tile++)
     for (int row = 0; row < rows; row += 8) {
       v16 y[8];
-      int m = rows - row < 8 ? rows - row : 8, lanes = matrix->n - 16 * tile;
-      tile_rows(matrix, tile, &w->engine->acts, row, m, y);
+      int m = rows - row < 8 ? rows - row : 8, lanes = n - 16 * tile;
+      choice_rows(&choice, tile, &w->engine->acts, row, m, y);
       for (int r = 0; r < m; r++) {
         float *dst = out + (size_t)(row + r) * width + 16 * tile;
         if (lanes < 16)
@@ -172,7 +189,7 @@ INLINE v16 activate(v16 gate, int gelu) {
 }
 
 /* Gate and up lie in the matrix as tiles g0 g1 u0 u1 for each 32 features, so that one worker finishes a whole group. */
-static void gate_up(Worker *w, const Matrix *matrix) {
+static void gate_up(Worker *w, Choice choice) {
   Engine *e = w->engine;
   int features = e->model.intermediate, from, to, rows = e->batch->rows;
   share(w, features / 32, 1, &from, &to);
@@ -181,7 +198,7 @@ static void gate_up(Worker *w, const Matrix *matrix) {
       v16 y[4][8];
       float middle[32];
       int m = rows - row < 8 ? rows - row : 8;
-      for (int t = 0; t < 4; t++) tile_rows(matrix, 4 * group + t, &e->acts, row, m, y[t]);
+      for (int t = 0; t < 4; t++) choice_rows(&choice, 4 * group + t, &e->acts, row, m, y[t]);
       for (int r = 0; r < m; r++) {
         store16(middle, activate(y[0][r], e->model.gelu) * y[2][r]);
         store16(middle + 16, activate(y[1][r], e->model.gelu) * y[3][r]);
@@ -269,14 +286,14 @@ static void form_rows(Worker *w, const float *src, int k) {
 }
 
 /* x += (sandwich norm of) matrix times activations. */
-static void project_back(Worker *w, const Matrix *matrix, const float *norm_out) {
+static void project_back(Worker *w, Choice choice, const float *norm_out) {
   Engine *e = w->engine;
   int hidden = e->model.hidden, rows = e->batch->rows, from, to;
   if (!norm_out) {
-    multiply(w, matrix, rows, e->x, hidden, 1);
+    multiply(w, choice, rows, e->x, hidden, 1);
     return;
   }
-  multiply(w, matrix, rows, e->qkv, hidden, 0);
+  multiply(w, choice, rows, e->qkv, hidden, 0);
   barrier(e);
   share(w, rows, 1, &from, &to);
   for (int row = from; row < to; row++) {
@@ -314,7 +331,7 @@ static void run_layer(Worker *w, int l, int skip) {
   if (!(skip & 1)) {
     norm_rows(w, layer->norm_in);
     barrier(e);
-    multiply(w, &layer->qkv, rows, e->qkv, (m->heads + 2 * m->kv_heads) * m->dim, 0);
+    multiply(w, choose(w, l, QKV, &layer->qkv), rows, e->qkv, (m->heads + 2 * m->kv_heads) * m->dim, 0);
     barrier(e);
     rope_and_cache(w, l);
     barrier(e);
@@ -323,19 +340,19 @@ static void run_layer(Worker *w, int l, int skip) {
     barrier(e);
     form_rows(w, e->attn, m->heads * m->dim);
     barrier(e);
-    project_back(w, &layer->o, layer->norm_attn_out);
+    project_back(w, choose(w, l, O, &layer->o), layer->norm_attn_out);
     warm_up(w, &layer->gate_up, 4);
     barrier(e);
   }
   if (!(skip & 2)) {
     norm_rows(w, layer->norm_mlp_in);
     barrier(e);
-    gate_up(w, &layer->gate_up);
+    gate_up(w, choose(w, l, GATE_UP, &layer->gate_up));
     warm_up(w, &layer->down, 1);
     barrier(e);
     form_rows(w, e->mid, m->intermediate);
     barrier(e);
-    project_back(w, &layer->down, layer->norm_mlp_out);
+    project_back(w, choose(w, l, DOWN, &layer->down), layer->norm_mlp_out);
     warm_up(w, l + 1 < m->layers ? &m->layer[l + 1].qkv : &m->head, 1);
     barrier(e);
   }
@@ -371,7 +388,7 @@ static void logits(Worker *w) {
     put_acts(&e->acts, m->act_kind, m->hidden, i, 0, w->scratch, m->hidden);
   }
   barrier(e);
-  multiply(w, &m->head, b->logit_rows, b->logits, m->vocab, 0);
+  multiply(w, (Choice){&m->head, NULL, NULL}, b->logit_rows, b->logits, m->vocab, 0);
   if (m->logit_cap > 0) {
     barrier(e);
     share(w, b->logit_rows * m->vocab, 16, &from, &to);
@@ -460,6 +477,7 @@ Engine *paceline_open(const Model *model, int threads, int max_slots) {
     e->acts.scale = floats(rows * widest / 32);
     e->acts.sum = floats(rows * widest / 32);
     e->acts.isum = floats(rows * widest / 32);
+    if (m->graded) e->acts.energy = floats(rows * widest / 32);
   }
   e->thread = calloc((size_t)threads, sizeof *e->thread);
   e->worker = calloc((size_t)threads, sizeof *e->worker);
@@ -468,7 +486,7 @@ Engine *paceline_open(const Model *model, int threads, int max_slots) {
   for (int i = 0; i < threads; i++) {
     int stride = max_slots + 128;
     size_t scratch = (size_t)stride * 4;
-    e->worker[i] = (Worker){e, i, floats(scratch > (size_t)widest ? scratch : (size_t)widest), stride};
+    e->worker[i] = (Worker){e, i, floats(scratch > (size_t)widest ? scratch : (size_t)widest), stride, calloc(rows, 1)};
     if (i) pthread_create(&e->thread[i], NULL, worker_main, &e->worker[i]);
   }
   return e;
@@ -498,9 +516,12 @@ void paceline_close(Engine *e) {
   e->stop = 1;
   announce(e, &e->job);
   for (int i = 1; i < e->threads; i++) pthread_join(e->thread[i], NULL);
-  for (int i = 0; i < e->threads; i++) free(e->worker[i].scratch);
+  for (int i = 0; i < e->threads; i++) {
+    free(e->worker[i].scratch);
+    free(e->worker[i].is_wide);
+  }
   void *owned[] = {e->x, e->qkv, e->attn, e->mid, e->rope_cos, e->rope_sin, e->acts.x, e->acts.half, e->acts.q,
-                   e->acts.scale, e->acts.sum, e->acts.isum, e->thread, e->worker};
+                   e->acts.scale, e->acts.sum, e->acts.isum, e->acts.energy, e->thread, e->worker};
   for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
   free(e);
 }

@@ -32,6 +32,7 @@ typedef struct {
   float *scale;   /* [rows][k/32]: x = scale * q */
   float *sum;     /* [rows][k/32]: scale * (sum of q in the group) */
   int32_t *isum;  /* [rows][k/32]: sum of q in the group */
+  float *energy;  /* [rows][k/32]: squared length of the group before rounding; NULL where nobody asks (grades.h) */
 } Acts;
 
 INLINE size_t tile_bytes(int kind, int k) {
@@ -71,6 +72,7 @@ static void put_acts(Acts *a, int kind, int k, int row, int at, const float *src
     a->scale[at_group] = scale;
     a->sum[at_group] = scale * (float)total;
     a->isum[at_group] = total;
+    if (a->energy) a->energy[at_group] = hsum(lo * lo + hi * hi);
   }
 }
 

@@ -18,6 +18,8 @@ from paceline.models.base import QuantBlocks
 Element = TypeVar("Element", bound=np.generic)
 Bytes = npt.NDArray[np.uint8]
 LANES, GROUP = 16, 32
+_SAMPLE = 16
+"""Tiles that stand for a matrix in `column_spread`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,15 @@ def unpack(packed: Packed) -> torch.Tensor:
         offset = -128 * scale
     dense = scale[..., None] * quants + offset[..., None]
     return torch.from_numpy(dense.reshape(-1, packed.columns)[: packed.rows].astype(np.float32))
+
+
+def column_spread(narrow: Packed, wide: Packed) -> npt.NDArray[np.float32]:
+    """[columns / 32]: mean squared length of a column of wide - narrow in each group, from some of the tiles (grades.h)."""
+    step = max(1, len(narrow.data) // _SAMPLE)
+    rows = narrow.rows if step == 1 else LANES * len(narrow.data[::step])
+    parts = [unpack(Packed(packed.data[::step], rows, packed.columns, packed.kind)) for packed in (narrow, wide)]
+    mean = (parts[1] - parts[0]).square().reshape(rows, -1, GROUP).mean(dim=(0, 2))
+    return (mean * narrow.rows).numpy()
 
 
 def gate_up_order(intermediate: int) -> npt.NDArray[np.intp]:

@@ -14,7 +14,16 @@ import numpy as np
 import torch
 
 from paceline.errors import ModelError, OptionError, ResourceError
-from paceline.execution.base import ForwardOutput, Runner, RunnerInfo, Segment, SequenceHandle, check_gather
+from paceline.execution.base import (
+    ForwardOutput,
+    Runner,
+    RunnerInfo,
+    Segment,
+    SequenceHandle,
+    check_gather,
+    check_grades,
+    check_thresholds,
+)
 from paceline.execution.native import binding
 from paceline.execution.native.build import load_library
 from paceline.execution.native.sequence import NativeSequence, copy_rows, keys_of
@@ -64,7 +73,7 @@ class NativeRunner(Runner):
         context = min(max_context or source.max_context, source.max_context)
         self._kv_dtype = np.float32 if precision == "fp32" else np.uint16
         self._weights = NativeWeights(spec, weights or merged_weights(source, spec), precision, MAX_ROWS)
-        self.grades = self._weights.grades
+        self.grades, self.matrix_weights = self._weights.grades, spec.matrix_weights
         self._engine = library.paceline_open(ctypes.byref(self._weights.model), self._threads, context)
         if not self._engine:
             raise ResourceError("memory: no room for the kernels' work space")
@@ -115,10 +124,25 @@ class NativeRunner(Runner):
         library = load_library()
         return library if isinstance(library, str) else None
 
-    def set_grades(self, wide: Sequence[bool]) -> None:
-        if not self.grades or len(wide) != self.spec.layers:
-            raise OptionError(f"wide: {len(wide)} layers named; precision = {self.info.precision!r}, {self.spec.layers} layers")
+    def set_grades(self, wide: Sequence[Sequence[bool]]) -> None:
+        check_grades(wide, self)
         self._weights.set_grades(wide)
+
+    def set_thresholds(self, thresholds: torch.Tensor) -> None:
+        self._weights.set_thresholds(check_thresholds(thresholds, self).numpy())
+
+    def rounding_errors(self, tokens: Sequence[int]) -> torch.Tensor:
+        if len(tokens) > MAX_ROWS or not self._weights.chooses_by_row:
+            raise OptionError(f"tokens: {len(tokens)} given, at most {MAX_ROWS}; and thresholds must be set first")
+        errors = torch.zeros(len(tokens), self.spec.layers, 4)
+        sequence = self.open()
+        self._batch.errors = errors.data_ptr()
+        try:
+            self.forward([Segment(sequence, tokens, num_logits=0)])
+        finally:
+            self._batch.errors = None
+            self.close(sequence)
+        return errors
 
     def _make_buffers(self) -> None:
         self._tokens = np.zeros(MAX_ROWS, np.int32)

@@ -9,11 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from paceline.execution.base import MATRICES
 from paceline.execution.native import binding
 from paceline.execution.native.arena import Arena
-from paceline.execution.native.pack import Packed, gate_up_order, pack_blocks, pack_float, quantise
+from paceline.execution.native.pack import Packed, column_spread, gate_up_order, pack_blocks, pack_float, quantise
 from paceline.execution.structure import LeanSpec, Matrix, ModelWeights
 
+_TILE_BYTES = {binding.Q8: 544, binding.Q4: 320}
+"""Of 16 outputs and 32 inputs."""
 KINDS = {"fp32": binding.FP32, "bf16": binding.BF16, "int8": binding.Q8, "int4": binding.Q4}
 
 
@@ -34,6 +37,9 @@ class NativeWeights:
         """What the kernels read; `_narrow` and `_wide` are what it is filled from."""
         self._narrow = (binding.Layer * spec.layers)(*self._layers)
         self._wide = self._build_layers(weights, wide) if wide else None
+        self._grades = (binding.Grades * spec.layers)()
+        self._spread: list[npt.NDArray[np.float32]] = []
+        """What `_grades` points to, once thresholds were asked for."""
         self.model = self._describe(weights, narrow, embed, head, max_rows)
 
     @property
@@ -41,11 +47,36 @@ class NativeWeights:
         """Whether layers have two precisions."""
         return self._wide is not None
 
-    def set_grades(self, wide: Sequence[bool]) -> None:
-        """Let these layers compute in the second precision, the others in the first."""
+    @property
+    def chooses_by_row(self) -> bool:
+        """Whether thresholds are set."""
+        return bool(self._layers[0].grades)
+
+    def set_grades(self, wide: Sequence[Sequence[bool]]) -> None:
+        """Let these matrices compute in the second precision, the others in the first; [layers][4]."""
         assert self._wide is not None
-        for i, chosen in enumerate(wide):
-            self._layers[i] = (self._wide if chosen else self._narrow)[i]
+        for i, of_layer in enumerate(wide):
+            self._layers[i] = self._narrow[i]
+            for name, chosen in zip(MATRICES, of_layer, strict=True):
+                setattr(self._layers[i], name, getattr((self._wide if chosen else self._narrow)[i], name))
+
+    def set_thresholds(self, thresholds: npt.NDArray[np.float32]) -> None:
+        """Let every row choose for each matrix; [layers, 4]."""
+        if not self._spread:
+            self._describe_grades()
+        for i, of_layer in enumerate(thresholds.tolist()):
+            self._grades[i].threshold[:] = of_layer
+            self._layers[i] = self._narrow[i]
+            self._layers[i].grades = ctypes.pointer(self._grades[i])
+
+    def _describe_grades(self) -> None:
+        assert self._wide is not None
+        for i, grades in enumerate(self._grades):
+            for m, name in enumerate(MATRICES):
+                grades.wide[m] = getattr(self._wide[i], name)
+                spread = column_spread(_packed(getattr(self._narrow[i], name)), _packed(grades.wide[m]))
+                self._spread.append(spread)
+                grades.spread[m] = spread.ctypes.data
 
     def _build_layers(self, weights: ModelWeights, precision: str) -> ctypes.Array[binding.Layer]:
         spec = self._spec
@@ -89,6 +120,7 @@ class NativeWeights:
             kv_f32=int(precision == "fp32"),
             max_rows=max_rows,
             tables=len(ropes),
+            graded=int(self._wide is not None),
             eps=spec.norm_eps,
             attention_scale=spec.attention_scale,
             embed_scale=spec.embed_scale,
@@ -124,6 +156,14 @@ def _bound(spec: LeanSpec, precision: str) -> int:
     values = spec.layers * (hidden * heads + 3 * hidden * middle) + 2 * (spec.vocab + 16) * hidden
     width = {"fp32": 4.0, "bf16": 2.0}.get(precision, 1.0625)
     return int(width * values) + spec.layers * 64 * 4 * max(hidden, middle)
+
+
+def _packed(matrix: binding.Matrix) -> Packed:
+    """What a C struct points to."""
+    size = _TILE_BYTES[matrix.kind] * matrix.k // 32
+    tiles = (matrix.n + 15) // 16
+    data = np.ctypeslib.as_array((ctypes.c_uint8 * (size * tiles)).from_address(matrix.data))
+    return Packed(data.reshape(tiles, size), matrix.n, matrix.k, matrix.kind)
 
 
 def pack_matrix(matrix: Matrix, precision: str, order: npt.NDArray[np.intp] | None, wide: bool) -> Packed:
