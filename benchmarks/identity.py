@@ -2,9 +2,9 @@
 
     python benchmarks/identity.py --prompts FILE.jsonl --json OUT.json
 
-First every prompt with the defaults (drafters `auto`, the pacer), one by one, in the default precision. Then the first prompts of
-each category, in ragged batches, with every drafter at every fixed draft length, in each precision. A difference is listed with the
-margin between the two most probable tokens of plain decoding at its first token (a logit difference; 0 is a tie).
+First every prompt with the defaults (drafters `auto`, the pacer), one by one, in the default precision. Then the shortest prompts
+of each category, in ragged batches, with every drafter at every fixed draft length, in each precision. A difference is listed with
+the margin between the two most probable tokens of plain decoding at its first token (a logit difference; 0 is a tie).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from paceline.engine import MAX_BATCH, Engine
 from paceline.errors import PacelineError
 from paceline.execution.base import Segment, prefill
 from paceline.study.environment import command, environment
-from paceline.study.prompts import load_prompts
+from paceline.study.prompts import BenchPrompt, load_prompts
 from paceline.study.report import write_json
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -94,11 +94,19 @@ def defaults_on_all(target: Target, source: str, params: SamplingParams) -> tupl
     return part | {"num_identical": len(fits) - len(found)}, found
 
 
+def shortest(rows: Sequence[BenchPrompt], limit: int) -> list[BenchPrompt]:
+    """The `limit` shortest prompts of each category: reading long ones again and again would take most of the time."""
+    by_category: dict[str, list[BenchPrompt]] = {}
+    for row in rows:
+        by_category.setdefault(row.category, []).append(row)
+    return [row for group in by_category.values() for row in sorted(group, key=lambda row: len(row.text))[:limit]]
+
+
 def every_drafter(
     target: Target, source: str, drafts: Sequence[str], limit: int, count: int, params: SamplingParams
 ) -> Iterator[tuple[dict[str, Any], list[Difference]]]:
     """A result for each drafter and length, as soon as it is there; a drafter that cannot be made is listed with the reason."""
-    rows = load_prompts(source, limit=limit)[:count]
+    rows = shortest(load_prompts(source), limit)[:count]
     base = build_engine(Engine, target, SpeculationConfig())
     prompts = encode(base, [row.text for row in rows])
     names = [row.name for row in rows]
@@ -121,7 +129,7 @@ def main() -> None:
     parser.add_argument("--prompts", required=True)
     parser.add_argument("--model", default="default")
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--limit", type=int, default=2, help="prompts of each category for the second part")
+    parser.add_argument("--limit", type=int, default=2, help="shortest prompts of each category for the second part")
     parser.add_argument("--count", type=int, default=24, help="most prompts for the second part")
     parser.add_argument("--drafts", default="ngram")
     parser.add_argument("--precisions", default="auto,fp32")

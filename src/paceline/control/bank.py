@@ -10,6 +10,8 @@ from __future__ import annotations
 from math import inf
 
 _FORGIVE_EVERY = 32.0
+_LONGEST_LOOK = 0.25
+"""Plain steps; beyond, it was an interruption of the machine."""
 
 
 class TimeBank:
@@ -58,9 +60,9 @@ class TimeBank:
     def settle_plain(self, plain_seconds: float, num_emitted: float = 1.0, looking: float = 0.0) -> None:
         """A plain round: its time is plain time by definition, and its tokens add their share of eps.
 
-        looking: seconds spent on deciding against a draft; they use that share up, but never more: no decision could save them.
+        looking: seconds spent on deciding against a draft. They are speculation's own loss: who finds the bank empty stops looking.
         """
-        self._settle(max(0.0, self._eps * plain_seconds * num_emitted - looking), plain_seconds)
+        self._settle(self._eps * plain_seconds * num_emitted - min(looking, _LONGEST_LOOK * plain_seconds), plain_seconds)
 
     def settle(self, plain_seconds: float, num_emitted: float, seconds: float, ceiling: float = inf, weight: float = 1.0) -> None:
         """A speculative round of `seconds` that emitted `num_emitted` tokens, each worth a plain step.

@@ -42,6 +42,10 @@ class Controller(ABC):
     def plan(self, context: RoundContext) -> Plan:
         """Decide the coming round of one sequence. Must return 0 <= num_draft <= min(max_draft, available)."""
 
+    def plan_unseen(self, task: str, batch_size: int) -> Plan | None:
+        """The coming round, if it will be plain whatever there is to draft: drafters are not even asked then. None: look first."""
+        return None
+
     def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
         """Asked after each drawn token, which stays in the draft: shall another one follow?"""
         return True

@@ -24,12 +24,16 @@ from paceline.errors import OptionError
 from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
 
 _NOTHING = Plan(None, 0, "plain: nothing to draft")
+_SAVING = Plan(None, 0, "plain: bank, earlier losses come first")
+_FORBIDDEN = Plan(None, 0, "plain: speculation delivered less lately")
 _DUE_CATCH_UP, _STAY = 8, 16
 _READING = 24.0
 """Plain steps that reading its first prompt may cost a drafter; a longer one must be earned first."""
 _RESTING = Plan(None, 0, "plain: drafting did not pay a moment ago")
 _CLEARLY_NOT, _REST = 0.97, 8
 """Speed under which an offer is clearly not worth it, and tokens for which it is then not priced again."""
+_SAVED = 1.0
+"""Plain steps that an empty bank must hold again before drafts are looked for; looking takes more than it earns meanwhile."""
 _LEAST_ROW = 0.002
 """Least that one more row of a forward costs, in plain steps."""
 _CALIBRATED = 64
@@ -147,19 +151,27 @@ class Pacer(Controller):
         self._widths: dict[str, float] = {}
         """Nodes a level of drafters that propose trees."""
         self._tokens = 0
+        self._saving = False
+        """The bank was empty, and has not yet saved enough to look for drafts again."""
+
+    def plan_unseen(self, task: str, batch_size: int) -> Plan | None:
+        if self._saving:
+            return _SAVING
+        lane = self._lanes.get((task, rows_bucket(batch_size)))
+        return _FORBIDDEN if lane is not None and lane.arbiter.forbids else None
 
     def plan(self, context: RoundContext) -> Plan:
-        able = [o for o in context.outlooks if o.available > 0] if context.max_draft > 0 else None
+        able = [o for o in context.outlooks if o.available > 0] if context.max_draft > 0 else []
         if not able:
             return _NOTHING
         # Deciding has a price, too: what clearly did not pay is left alone for some tokens.
-        known = self._lanes.get((context.task, context.batch_size)) if len(able) == 1 else None
-        if known is not None and self._tokens < known.rests.get((able[0].drafter, able[0].signal), 0):
-            return _RESTING
+        known = self._lanes.get((context.task, rows_bucket(context.batch_size)))
+        if known is not None:
+            able = [o for o in able if self._tokens >= known.rests.get((o.drafter, o.signal), 0)]
+            if not able:
+                return _RESTING
         plain = self._costs.plain(context.context_length, context.batch_size)
         lane = self._lane(context.task, context.batch_size, plain)
-        if lane.arbiter.forbids:
-            return Plan(None, 0, "plain: speculation delivered less lately", 1.0, plain)
         if lane.arbiter.wants_plain or (self._tokens >= _TRIAL and not self._costs.knows_plain(context.batch_size)):
             return Plan(None, 0, "plain: renewing the price of a plain step", 1.0, plain)
         best = self._offer(context, able[0], plain, lane)
@@ -169,14 +181,15 @@ class Pacer(Controller):
             if offer.merit > best.merit:
                 best, offer = offer, best
             others.append(offer)
+        for offer in (best, *others):
+            if offer.merit < _CLEARLY_NOT:
+                lane.rests[(offer.outlook.drafter, offer.outlook.signal)] = self._tokens + _REST
         pays = best.merit > 1.0 + self.options.margin + (_DOUBLE_PROOF if lane.purse.slack <= 0.0 else 0.0)
         for offer in others if pays else [best, *others]:
             if self._may_probe(context, offer, plain, best.merit if pays else 1.0, lane):
                 return self._grant(context, offer, plain, lane, min(offer.num_draft, 2), probe=True)
         if pays:
             return self._grant(context, best, plain, lane, best.num_draft, probe=False)
-        if best.merit < _CLEARLY_NOT:
-            lane.rests[(best.outlook.drafter, best.outlook.signal)] = self._tokens + _REST
         return Plan(None, 0, self._why_plain(best, plain), 1.0, plain)
 
     def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
@@ -212,6 +225,8 @@ class Pacer(Controller):
             seconds = max(seconds - batch * looking, record.verify_seconds)
             self._bank.settle_plain(plain, steps, looking)
             lane.purse.settle_plain(plain, steps)
+        enough = min(_SAVED, self.options.cap) * plain if self._saving else 0.0
+        self._saving = self._bank.slack < enough or self._bank.slack <= 0.0
         if record.drafter is not None:
             self._learn_acceptance(record, seconds)
         if not record.warmup:
@@ -318,6 +333,7 @@ class Pacer(Controller):
         stops = confident is not None and confident.asks and confident.model.labels >= _CALIBRATED and not probe
         num_draft = self._affordable(context, offer, plain, lane, len(offer.rates) if stops else wanted)
         if num_draft == 0:
+            lane.rests[(drafter, offer.outlook.signal)] = self._tokens + _REST
             return Plan(None, 0, "plain: bank, earlier losses come first", 1.0, plain)
         expected, emitted = min(num_draft, offer.num_draft), offer.emitted
         if expected < offer.num_draft:

@@ -98,7 +98,7 @@ TABLE: dict[str, Entry] = {
     ),
     "dynamic_precision": Entry(
         f"{_PACKAGE}.self_draft.dynamic_precision:DynamicPrecisionDrafter",
-        "as quantized_self, with more bits for the layers whose rounding is felt most",
+        "as quantized_self, with more bits for the matrices whose rounding is felt most",
         needs="memory for two copies",
         samples=True,
     ),
@@ -164,7 +164,7 @@ TABLE: dict[str, Entry] = {
         tree=True,
     ),
 }
-AUTO = ("suffix", "ngram")
+AUTO = ("suffix",)
 """What `auto` stands for: the drafters that need neither a second model nor training."""
 
 

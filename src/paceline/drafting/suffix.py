@@ -30,6 +30,8 @@ class SuffixOptions:
     """Longest suffix that is compared."""
     max_places: int = 16
     """Most earlier places that vote."""
+    past_weight: float = 0.3
+    """What a score of past outputs counts for beside one of this text (0.01 to 1)."""
     store_tokens: int = 500_000
     """Tokens of past outputs that are kept, oldest requests dropped first; 0 keeps none. 16 to 28 bytes each."""
 
@@ -39,6 +41,7 @@ class SuffixOptions:
         number("min_prob", self.min_prob, 0.0, 1.0)
         whole("max_match", self.max_match, 1, 1024)
         whole("max_places", self.max_places, 1, 64)
+        number("past_weight", self.past_weight, 0.01, 1.0)
         whole("store_tokens", self.store_tokens, 0, 1 << 30)
 
 
@@ -89,6 +92,7 @@ class SuffixDrafter(Drafter):
             tree=tree,
             max_match=self.options.max_match,
             max_places=self.options.max_places,
+            past_weight=self.options.past_weight,
         )
         self.store = OutputStore(self.options.store_tokens)
 

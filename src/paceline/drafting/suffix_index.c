@@ -21,7 +21,7 @@ typedef struct {
 } Index;
 
 typedef struct {
-    double factor, offset, min_prob, contested, agreed;
+    double factor, offset, min_prob, contested, agreed, past_weight;
     const int32_t *end_ids;
     int32_t num_end_ids, max_match, max_places, tree;
 } Query;
@@ -329,7 +329,7 @@ int paceline_suffix_look(Index *text, const int32_t *tokens, int64_t count, cons
     found->score = 0.0;
     if (!paceline_suffix_extend(text, tokens, count)) return -1;
     paceline_suffix_search(text, text, query, max_tokens, 0.0, found);
-    paceline_suffix_search(past, text, query, max_tokens, found->score, found);
+    paceline_suffix_search(past, text, query, max_tokens, found->score / query->past_weight, found);
     if (!found->count) return 0;
     int agrees = (found->confidences[0] > query->agreed) - (found->confidences[0] < query->contested);
     return found->count | (agrees + 1) << 8 | found->matched << 10;

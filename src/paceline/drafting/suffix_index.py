@@ -78,6 +78,8 @@ class Limits:
     """Longest end of a text that is compared."""
     max_places: int = 16
     """Most places that vote (at most 64 in C)."""
+    past_weight: float = 1.0
+    """What a score of past outputs counts for beside one of this text (0 to 1)."""
     end_ids: frozenset[int] = frozenset()
     """Tokens that nothing follows."""
 
@@ -127,7 +129,9 @@ class TokenIndex(ABC):
         self.extend(new)
         # The text's own end is one of its places, with nothing behind it: that smooths estimates from few places.
         own = self.search(self, limits, max_tokens)
-        self._proposal = found = past.search(self, limits, max_tokens, own)
+        bar = own._replace(score=own.score / limits.past_weight)
+        found = past.search(self, limits, max_tokens, bar)
+        self._proposal = found = own if found is bar else found
         return len(found.tokens), signal(found.matched, agreement(found)) if found.tokens else 0
 
     def proposal(self) -> Speculation:

@@ -38,7 +38,7 @@ _MOST_PLACES = 64
 
 class _Query(ctypes.Structure):
     _fields_ = (
-        *((name, c_double) for name in ("factor", "offset", "min_prob", "contested", "agreed")),
+        *((name, c_double) for name in ("factor", "offset", "min_prob", "contested", "agreed", "past_weight")),
         ("end_ids", c_void_p),
         *((name, c_int32) for name in ("num_end_ids", "max_match", "max_places", "tree")),
     )
@@ -152,7 +152,7 @@ class NativeIndex(TokenIndex):
         address, count = self._ends.buffer_info()
         query = self._query
         query.factor, query.offset, query.min_prob = limits.factor, limits.offset, limits.min_prob
-        query.contested, query.agreed = CONTESTED, AGREED
+        query.contested, query.agreed, query.past_weight = CONTESTED, AGREED, limits.past_weight
         query.end_ids, query.num_end_ids = address, count
         query.max_match, query.max_places, query.tree = limits.max_match, limits.max_places, limits.tree
 

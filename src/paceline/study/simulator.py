@@ -157,7 +157,7 @@ class Simulator:
             task=regime.name,
         )
         began = perf_counter()
-        plan = self.controller.plan(context)
+        plan = self.controller.plan_unseen(context.task, context.batch_size) or self.controller.plan(context)
         self.outcome.control_seconds += perf_counter() - began
         drafted = _Drafted(sequence, plan, context)
         if plan.drafter is not None and plan.num_draft > 0:

@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import Any, Protocol, TextIO
 
 from paceline.control.base import Controller, RoundContext
-from paceline.control.rounds import labels
 from paceline.costs import CostTable, DraftCost
 from paceline.errors import OptionError, ResourceError
 from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
@@ -44,8 +43,8 @@ class Round:
 
     @property
     def labels(self) -> tuple[float, ...]:
-        """Acceptance of the observed positions: up to and including the first rejection."""
-        return labels(self.record)
+        """As in `StepRecord.labels`."""
+        return self.record.labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +120,9 @@ class Tracing(Controller):
         self._writer = writer
         self._outlooks: dict[int, tuple[Outlook, ...]] = {}
         self._features: dict[int, list[DraftFeatures]] = {}
+
+    def plan_unseen(self, task: str, batch_size: int) -> Plan | None:
+        return self.inner.plan_unseen(task, batch_size)
 
     def plan(self, context: RoundContext) -> Plan:
         self._outlooks[context.request_id] = context.outlooks

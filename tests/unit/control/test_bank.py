@@ -48,12 +48,14 @@ def test_several_plans_of_a_round_share_what_there_is() -> None:
     assert shared.grant(20.0)
 
 
-def test_looking_for_drafts_uses_up_eps_but_no_more() -> None:
-    looked = bank(start=0.0)
+def test_looking_for_drafts_is_charged_but_an_interruption_during_it_is_not() -> None:
+    looked = bank(start=1.0)
     looked.settle_plain(20.0, looking=0.15)
-    assert looked.slack == pytest.approx(0.05)
-    looked.settle_plain(20.0, looking=5.0)
-    assert looked.slack == pytest.approx(0.05)
+    assert looked.slack == pytest.approx(20.05)
+    looked.settle_plain(20.0, looking=0.5)
+    assert looked.slack == pytest.approx(19.75)
+    looked.settle_plain(20.0, looking=1000.0)
+    assert looked.slack == pytest.approx(19.75 + 0.2 - 5.0)
 
 
 def test_one_interruption_in_a_while_is_not_charged() -> None:

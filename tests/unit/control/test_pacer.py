@@ -284,6 +284,38 @@ def test_time_stays_within_the_bound_at_every_moment(
             assert time <= 1.01 * plain * tokens + 3 * plain + 1e-9
 
 
+@pytest.mark.parametrize("look", [0.1, 0.6, 4.0])
+def test_looking_for_drafts_that_are_never_right_stays_within_the_bound(look: float) -> None:
+    """Looking alone may take more than eps of a step: then it is done less often, but not given up."""
+    controller, costs, plain = pacer(), check(), 20 * MS
+    time, looks, late_looks = 0.0, 0, 0
+    for tokens in range(1, 3001):
+        plan = controller.plan_unseen("", 1)
+        if seen := plan is None:
+            looks, late_looks = looks + 1, late_looks + (tokens > 2000)
+            plan = controller.plan(context(Outlook("draft", 10, 2)))
+        verify, drafting = costs.t_verify(plan.num_draft + 1, 100), costs.t_draft("draft", plan.num_draft) + seen * look * MS
+        seconds = verify + drafting + (1 * MS if plan.num_draft else 0.0)
+        controller.observe(record(plan, 0, draft_seconds=drafting, verify_seconds=verify, round_seconds=seconds))
+        time += seconds
+        assert time <= 1.01 * plain * tokens + 3 * plain + look * MS + 1e-9
+    assert late_looks > 0
+    assert looks == 3000 if look < 0.2 else looks < 2500
+
+
+def test_an_empty_bank_looks_for_nothing_until_it_has_saved_a_plain_step() -> None:
+    controller = pacer(start=0.5)
+    play(controller, 0)
+    plan = Plan("draft", 4, "", 1.0, 45 * MS)
+    controller.observe(record(plan, 0, draft_seconds=12 * MS, verify_seconds=23.2 * MS, round_seconds=36.2 * MS))
+    waited = 0
+    while (blind := controller.plan_unseen("", 1)) is not None:
+        assert blind.num_draft == 0
+        controller.observe(record(blind, 0, verify_seconds=20 * MS, round_seconds=20 * MS))
+        waited += 1
+    assert 100 <= waited <= 160
+
+
 def test_a_new_request_does_not_bring_a_new_start() -> None:
     controller, costs, lost = pacer(), check(), 0.0
     for request in range(200):

@@ -149,6 +149,14 @@ def test_a_session_prefers_the_better_of_own_text_and_past_outputs() -> None:
     assert drafter.open(view).propose(4, always).tokens == (30, 31, 32, 33)
 
 
+def test_a_match_in_the_text_itself_counts_for_more_than_an_equal_one_in_past_outputs() -> None:
+    text = [9, 1, 2, 3, 4, 5, 6, 9, 1, 2, 3]
+    for weight, expected in ((1.0, (70, 71, 72)), (0.3, (4, 5, 6))):
+        drafter = SuffixDrafter(SuffixOptions(past_weight=weight))
+        drafter.finish_request([8, 1, 2, 3, 70, 71, 72, 73], num_prompt=0)
+        assert drafter.open(make_view(text)).propose(3, always).tokens == expected
+
+
 def test_prompts_of_finished_requests_are_not_stored() -> None:
     drafter = SuffixDrafter()
     drafter.finish_request([1, 2, 3, 4, 9], num_prompt=4)

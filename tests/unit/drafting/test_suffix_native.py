@@ -26,6 +26,7 @@ LIMITS = st.builds(
     tree=st.booleans(),
     max_match=st.integers(1, 20),
     max_places=st.integers(1, 20),
+    past_weight=st.sampled_from([1.0, 0.3]),
     end_ids=st.frozensets(st.integers(0, 5), max_size=2),
 )
 SEQUENCES = st.lists(st.lists(st.integers(0, 4), max_size=40), max_size=8)
