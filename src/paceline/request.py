@@ -112,6 +112,8 @@ class Request:
         if limit < 1 or not self.sessions:
             return Round(PLAIN, length)
         started = perf_counter()
+        if (unseen := controller.plan_unseen(self.task, batch_size)) is not None:
+            return Round(unseen, length, control_seconds=perf_counter() - started)
         outlooks = tuple(session.outlook(limit) for session in self.sessions.values())
         looked = perf_counter()
         plan = controller.plan(RoundContext(self.id, length, limit, outlooks, batch_size, other_rows, self.task, remaining))
