@@ -92,6 +92,19 @@ class Draft:
             depths.append(1 + (depths[parent] if parent >= 0 else 0))
         return max(depths, default=0)
 
+    def path(self, row: int) -> list[int]:
+        """Drafted tokens down to a row of the verification forward, in order. Row 0 (the pending token) has none, row i + 1 ends
+        with token i.
+        """
+        if self.parents is None:
+            return list(self.tokens[:row])
+        found = []
+        node = row - 1
+        while node >= 0:
+            found.append(self.tokens[node])
+            node = self.parents[node]
+        return found[::-1]
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -111,6 +124,11 @@ class Verdict:
     @property
     def num_accepted(self) -> int:
         return len(self.path)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows of the verification forward, one for each emitted token: the pending token's, then those of the accepted ones."""
+        return (0, *(node + 1 for node in self.path))
 
 
 @dataclass(frozen=True, slots=True)

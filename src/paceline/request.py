@@ -14,12 +14,9 @@ from paceline.drafting.base import Drafter, DraftSession, SequenceView
 from paceline.execution.base import Runner, Segment, SequenceHandle
 from paceline.models.base import Tokenizer
 from paceline.output import OutputAssembler
-from paceline.records import Draft, DraftFeatures, GenerationResult, Plan, StepRecord, TokenLogprob, Verdict
+from paceline.records import PLAIN, Draft, DraftFeatures, GenerationResult, Round, StepRecord, TokenLogprob, Verdict
 from paceline.sampling import CounterRandom, SampledRows
 from paceline.verification.registry import AUTO, choose_rule
-
-PLAIN = Plan(None, 0, "plain")
-NO_DRAFT = Draft(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +28,6 @@ class StreamEvent:
     from_draft: tuple[bool, ...] = ()
     record: StepRecord | None = None
     result: GenerationResult | None = None
-
-
-@dataclass(slots=True)
-class Round:
-    """A round of one request in the making."""
-
-    plan: Plan
-    context_length: int
-    signal: int = 0
-    draft: Draft = NO_DRAFT
-    control_seconds: float = 0.0
-    draft_seconds: float = 0.0
 
 
 class Request:
@@ -156,9 +141,8 @@ class Request:
         chosen = choose_rule(self._rule, self.params, draft, seeded=self.params.seed is not None)
         verdict = chosen.verify(rows, draft, self._random, len(self.tokens))
         if self.params.logprobs is not None:
-            path = (0, *(node + 1 for node in verdict.path))
             top = self.params.logprobs
-            self.logprobs.extend(rows.logprob(row, token, top) for row, token in zip(path, verdict.emitted, strict=True))
+            self.logprobs.extend(rows.logprob(row, token, top) for row, token in zip(verdict.rows, verdict.emitted, strict=True))
         return verdict
 
     def follow(self, hidden: torch.Tensor) -> None:
@@ -175,7 +159,7 @@ class Request:
         """
         pushed = self._output.push(verdict.emitted)
         kept = pushed.accepted
-        path = (0, *(node + 1 for node in verdict.path))
+        path = verdict.rows
         runner.accept(self.sequence, path)
         self.tokens.extend(verdict.emitted[:kept])
         self.from_draft.extend([True] * min(kept, len(verdict.path)) + [False] * (kept > len(verdict.path)))
@@ -195,35 +179,15 @@ class Request:
         self, step: Round, verdict: Verdict, kept: int, verify_seconds: float, round_seconds: float, batch: tuple[int, int, int]
     ) -> StepRecord:
         """The finished round as a record. batch: sequences, rows and emitted tokens of the whole batched round."""
-        plan, draft = step.plan, step.draft
-        record = StepRecord(
-            request_id=self.id,
-            drafter=plan.drafter if plan.num_draft else None,
-            num_planned=plan.num_draft,
-            num_drafted=len(draft),
-            num_accepted=min(kept, len(verdict.path)),
-            num_emitted=kept,
-            context_length=step.context_length,
-            signal=step.signal,
-            draft_seconds=step.draft_seconds,
+        record = step.record(
+            self.id,
+            verdict,
+            kept,
             verify_seconds=verify_seconds,
-            control_seconds=step.control_seconds,
             round_seconds=round_seconds,
-            batch_size=batch[0],
-            batch_rows=batch[1],
-            batch_emitted=batch[2],
-            confidences=draft.confidences,
-            acceptance=verdict.acceptance,
-            truncated=kept < len(verdict.emitted),
-            probe=plan.probe,
+            batch=batch,
             warmup=not self.steps,
-            expected_emitted=plan.expected_emitted,
-            expected_seconds=plan.expected_seconds,
             task=self.task,
-            reason=plan.reason,
-            num_levels=draft.num_levels,
-            divergence=verdict.divergence,
-            relaxed=verdict.relaxed,
         )
         self.steps.append(record)
         return record

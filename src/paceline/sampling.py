@@ -279,7 +279,7 @@ class SampledRows:
             if self._params.shapes_logits:
                 if self._history is None:
                     self._history = torch.tensor(self._committed, dtype=torch.int64, device=self._logits.device)
-                path = torch.tensor(self._path(row), dtype=torch.int64, device=self._logits.device)
+                path = torch.tensor(self._draft.path(row), dtype=torch.int64, device=self._logits.device)
                 history = torch.cat((self._history, path))
             banned = self._banned(row)
             self._processed[row] = process_logits(self._logits[row], self._params, history, self._num_prompt, banned)
@@ -296,18 +296,6 @@ class SampledRows:
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return TokenLogprob(token, float(logprobs[token]), tuple((i, value) for i, value in pairs if value > -math.inf))
 
-    def _path(self, row: int) -> list[int]:
-        """This row's own draft token and its ancestors, in no particular order."""
-        tokens, parents = self._draft.tokens, self._draft.parents
-        if parents is None:
-            return list(tokens[:row])
-        path = []
-        node = row - 1
-        while node >= 0:
-            path.append(tokens[node])
-            node = parents[node]
-        return path
-
     def _banned(self, row: int) -> Collection[int]:
         missing = self._params.min_tokens - (len(self._committed) - self._num_prompt)
-        return self._end_ids if missing > 0 and len(self._path(row)) < missing else ()
+        return self._end_ids if missing > 0 and len(self._draft.path(row)) < missing else ()

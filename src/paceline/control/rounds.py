@@ -1,4 +1,4 @@
-"""What the published controllers share: option checks, plans for the first drafter, labels of a finished round."""
+"""What the published controllers share: option checks, plans for the first drafter, time and yield of rounds."""
 
 from __future__ import annotations
 
@@ -46,19 +46,6 @@ def plan_first(context: RoundContext, length: int, reason: str, *, probe: bool =
         return Plan(None, 0, "nothing to draft")
     num_draft = min(length, context.max_draft, outlook.available)
     return Plan(outlook.drafter, num_draft, reason, probe=probe) if num_draft > 0 else Plan(None, 0, reason)
-
-
-def labels(record: StepRecord) -> tuple[float, ...]:
-    """Acceptance of each observed position of a round: up to and including the first rejection, nothing beyond.
-
-    The exact conditional acceptance probability where the rule reports it (for rules of ratio form that is 1 - TV(p, q)),
-    else 1 for accepted and 0 for rejected. A round cut by a stop condition shows no rejection.
-    """
-    accepted = record.num_accepted
-    observed = accepted if record.truncated or accepted >= (record.num_levels or record.num_drafted) else accepted + 1
-    if len(record.acceptance) >= observed:
-        return record.acceptance[:observed]
-    return tuple(1.0 if j < accepted else 0.0 for j in range(observed))
 
 
 def round_yield(record: StepRecord) -> tuple[float, float]:

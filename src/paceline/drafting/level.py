@@ -105,7 +105,7 @@ class Level:
         rule = choose_rule(AUTO, view.sampling, made.draft, seeded=view.coupled)
         verdict = rule.verify(rows, made.draft, CounterRandom(view.seed), made.context_length)
         emitted = list(self._emitted(rows, verdict))
-        path = (0, *(node + 1 for node in verdict.path))[: len(emitted)]
+        path = verdict.rows[: len(emitted)]
         behind = len(feed) - 1
         self._runner.accept(reviewer.cache, (*range(behind), *(behind + row for row in path)))
         reviewer.fed += behind + len(path)
@@ -177,7 +177,7 @@ class Level:
     def _emitted(self, rows: SampledRows, verdict: Verdict) -> Iterator[Emitted]:
         """The verdict's tokens up to the first end token, each with its row."""
         greedy = self.view.sampling.greedy
-        for row, token in zip((0, *(node + 1 for node in verdict.path)), verdict.emitted, strict=True):
+        for row, token in zip(verdict.rows, verdict.emitted, strict=True):
             probs = torch.softmax(rows.logits(row), dim=-1) if greedy else rows.probs(row)
             largest, second, own, entropy = evidence(probs, token)
             yield Emitted(token, probs, largest, own, entropy, largest - second)

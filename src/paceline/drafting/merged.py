@@ -74,7 +74,7 @@ class MergedSession(DraftSession):
 
     def observe(self, verdict: Verdict | None, target_logits: torch.Tensor | None) -> None:
         if verdict is not None and target_logits is not None:
-            kept = [0, *(node + 1 for node in verdict.path)]
+            kept = list(verdict.rows)
             # Rows of the best path lie in front (`best_path_first`), where no copy is needed.
             target_logits = target_logits[: len(kept)] if kept[-1] == len(kept) - 1 else target_logits[kept]
         for part, drafter in zip(self._parts, self._drafter.parts, strict=True):

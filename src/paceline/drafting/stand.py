@@ -19,7 +19,7 @@ import torch
 
 from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec, DraftSession, KeepDrafting, SequenceView
 from paceline.drafting.options import whole
-from paceline.drafting.rows import log_total, row_tokens, top_tokens
+from paceline.drafting.rows import TopTokens, load_library, row_tokens, top_tokens
 from paceline.drafting.sparse import SparseRow
 from paceline.drafting.tree_search import Children, Growth, grow_best, grow_slots
 from paceline.records import Draft, Outlook, Verdict
@@ -231,10 +231,11 @@ class StandSession(DraftSession):
     def observe(self, verdict: Verdict | None, target_logits: torch.Tensor | None) -> None:
         tokens, drafter, draft = self._view.tokens, self._drafter, self._draft
         if target_logits is not None:
-            target_logits = target_logits[:, : drafter.vocab_size]
-            for row, _ in row_tokens(tokens, self._length, draft.tokens, verdict, len(target_logits)):
-                before = tokens[max(0, self._length - drafter.options.max_context) : self._length]
-                drafter.learn([*before, *self._row_path(row, verdict)], distribution(target_logits[row]))
+            rows = [row for row, _ in row_tokens(tokens, self._length, draft.tokens, verdict, len(target_logits))]
+            best = top_tokens(target_logits[:, : drafter.vocab_size], KEEP, rows, totals=True)
+            before = tokens[max(0, self._length - drafter.options.max_context) : self._length]
+            for row, top in zip(rows, best, strict=True):
+                drafter.learn([*before, *self._row_path(row, verdict)], distribution(top))
         self._length = len(tokens)
         self._draft = Draft(())
 
@@ -242,19 +243,9 @@ class StandSession(DraftSession):
         """Tokens between the old pending token and a row, the row's own included."""
         if verdict is None:
             return self._view.tokens[self._length : self._length + row]
-        tokens, parents = self._draft.tokens, self._draft.parents
-        if parents is None:
-            return list(tokens[:row])
-        path = []
-        node = row - 1
-        while node >= 0:
-            path.append(tokens[node])
-            node = parents[node]
-        return path[::-1]
+        return self._draft.path(row)
 
 
-def distribution(logits: torch.Tensor) -> SparseRow:
-    """The most probable tokens of a row [V] at temperature 1, not renormalised."""
-    (top,) = top_tokens(logits[None], KEEP)
-    total = log_total(logits, top.logits[0])
-    return SparseRow(top.ids, tuple(math.exp(logit - total) for logit in top.logits))
+def distribution(top: TopTokens) -> SparseRow:
+    """The most probable tokens of a row at temperature 1, not renormalised."""
+    return SparseRow(top.ids, tuple(math.exp(logit - top.log_total) for logit in top.logits))

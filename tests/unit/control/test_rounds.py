@@ -8,20 +8,20 @@ from dataclasses import fields, replace
 import pytest
 
 from paceline.control import registry
-from paceline.control.rounds import BatchTally, Price, RoundCosts, labels, round_seconds, round_yield
+from paceline.control.rounds import BatchTally, Price, RoundCosts, round_seconds, round_yield
 from paceline.errors import OptionError
 from unit.control.kit import COSTS, context, costs, record, shown
 
 
 def test_labels_stop_at_the_first_rejection() -> None:
-    assert labels(record(2, 5)) == (1.0, 1.0, 0.0)
-    assert labels(record(3, 3)) == (1.0, 1.0, 1.0)
-    assert labels(record(2, 5, truncated=True)) == (1.0, 1.0)
-    assert labels(record(0, 0)) == ()
+    assert record(2, 5).labels == (1.0, 1.0, 0.0)
+    assert record(3, 3).labels == (1.0, 1.0, 1.0)
+    assert record(2, 5, truncated=True).labels == (1.0, 1.0)
+    assert record(0, 0).labels == ()
 
 
 def test_exact_acceptance_takes_the_place_of_outcomes() -> None:
-    assert labels(record(1, 4, acceptance=(0.9, 0.4))) == (0.9, 0.4)
+    assert record(1, 4, acceptance=(0.9, 0.4)).labels == (0.9, 0.4)
 
 
 def test_round_seconds_are_those_of_the_worked_table() -> None:
@@ -31,8 +31,12 @@ def test_round_seconds_are_those_of_the_worked_table() -> None:
 
 def test_a_tree_whose_longest_path_was_accepted_shows_no_rejection() -> None:
     tree = replace(record(3, 9), num_levels=3)
-    assert labels(tree) == (1.0, 1.0, 1.0)
-    assert labels(replace(tree, num_accepted=2)) == (1.0, 1.0, 0.0)
+    assert tree.labels == (1.0, 1.0, 1.0)
+    assert replace(tree, num_accepted=2).labels == (1.0, 1.0, 0.0)
+
+
+def test_a_path_that_ends_at_a_leaf_above_the_deepest_one_shows_no_rejection() -> None:
+    assert replace(record(2, 9), num_levels=4, acceptance=(1.0, 1.0)).labels == (1.0, 1.0)
 
 
 def test_batch_rounds_are_shared_evenly() -> None:
