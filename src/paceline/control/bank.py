@@ -10,6 +10,8 @@ from __future__ import annotations
 from math import inf
 
 _FORGIVE_EVERY = 32.0
+HICCUP = 3.0
+"""A round that takes this many times what was expected was interrupted by the machine."""
 _LONGEST_LOOK = 0.25
 """Plain steps; beyond, it was an interruption of the machine."""
 

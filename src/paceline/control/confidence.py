@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from paceline.control.acceptance import POSITIONS
+from paceline.control.bank import HICCUP
+from paceline.records import StepRecord
 
 _CLAMP = 40.0
 _LEAST = math.exp(-_CLAMP)
@@ -125,3 +128,32 @@ class ConfidenceModel:
         self._slope = max(0.0, self._slope + step)
         for j in range(POSITIONS):
             self._intercepts[j] += _bounded((damping * gradient[j] - curve_wb[j] * step) / curve_bb[j])
+
+
+class Delivered:
+    """What a drafter with a stop rule delivered against what was expected of it, as one factor on its merit."""
+
+    __slots__ = ("_emitted", "_expected_emitted", "_expected_seconds", "_seconds", "factor")
+
+    def __init__(self) -> None:
+        self._emitted = self._expected_emitted = self._seconds = self._expected_seconds = 0.0
+        self.factor = 1.0
+
+    def update(self, record: StepRecord, seconds: float) -> None:
+        keep = 0.98
+        self._emitted = keep * self._emitted + record.num_emitted
+        self._expected_emitted = keep * self._expected_emitted + record.expected_emitted
+        self._seconds = keep * self._seconds + min(seconds, HICCUP * record.expected_seconds)
+        self._expected_seconds = keep * self._expected_seconds + record.expected_seconds
+        if self._expected_emitted > 10.0 and self._seconds > 0.0:
+            self.factor = self._emitted / self._expected_emitted * self._expected_seconds / self._seconds
+
+
+@dataclass(slots=True)
+class Calibrated:
+    """A drafter that states its confidence."""
+
+    model: ConfidenceModel = field(default_factory=ConfidenceModel)
+    delivered: Delivered = field(default_factory=Delivered)
+    asks: bool = False
+    """It calls `keep_drafting`, so that a stop rule takes effect."""

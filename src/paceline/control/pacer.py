@@ -14,9 +14,9 @@ from typing import Any
 
 from paceline.control.acceptance import AcceptanceModel, observed_labels, signal_bucket
 from paceline.control.arbiter import Arbiter
-from paceline.control.bank import TimeBank
+from paceline.control.bank import HICCUP, TimeBank
 from paceline.control.base import Controller, RoundContext
-from paceline.control.confidence import ConfidenceModel
+from paceline.control.confidence import Calibrated
 from paceline.control.pricing import LearnedCosts, best_net, best_ratio, node_rates, round_seconds, rows_bucket, worth_another
 from paceline.control.probing import ProbeSchedule
 from paceline.costs import CostTable
@@ -38,7 +38,6 @@ _LEAST_ROW = 0.002
 """Least that one more row of a forward costs, in plain steps."""
 _CALIBRATED = 64
 _TRIAL = 32
-_HICCUP = 3.0
 _DOUBLE_PROOF = 0.1
 
 
@@ -102,35 +101,6 @@ class _Running:
     survival: float = 1.0
 
 
-class _Delivered:
-    """What a drafter with a stop rule delivered against what was expected of it, as one factor on its merit."""
-
-    __slots__ = ("_emitted", "_expected_emitted", "_expected_seconds", "_seconds", "factor")
-
-    def __init__(self) -> None:
-        self._emitted = self._expected_emitted = self._seconds = self._expected_seconds = 0.0
-        self.factor = 1.0
-
-    def update(self, record: StepRecord, seconds: float) -> None:
-        keep = 0.98
-        self._emitted = keep * self._emitted + record.num_emitted
-        self._expected_emitted = keep * self._expected_emitted + record.expected_emitted
-        self._seconds = keep * self._seconds + min(seconds, _HICCUP * record.expected_seconds)
-        self._expected_seconds = keep * self._expected_seconds + record.expected_seconds
-        if self._expected_emitted > 10.0 and self._seconds > 0.0:
-            self.factor = self._emitted / self._expected_emitted * self._expected_seconds / self._seconds
-
-
-@dataclass(slots=True)
-class _Confident:
-    """A drafter that states its confidence."""
-
-    model: ConfidenceModel = field(default_factory=ConfidenceModel)
-    delivered: _Delivered = field(default_factory=_Delivered)
-    asks: bool = False
-    """It calls `keep_drafting`, so that a stop rule takes effect."""
-
-
 class Pacer(Controller):
     """See the module's text. One instance serves an engine; only a request's own odds and running round are kept by id."""
 
@@ -141,7 +111,7 @@ class Pacer(Controller):
         self.options = options
         self._costs = LearnedCosts(costs)
         self._acceptance = AcceptanceModel()
-        self._confident: dict[str, _Confident] = {}
+        self._confident: dict[str, Calibrated] = {}
         self._bank = TimeBank(options.eps, options.start, options.cap)
         self._probes = ProbeSchedule()
         self._lanes: dict[tuple[str, int], _Lane] = {}
@@ -261,16 +231,16 @@ class Pacer(Controller):
         """Begin with a stored profile. Raises KeyError, TypeError or ValueError on data that `snapshot` did not write."""
         if data["version"] != 1:
             raise ValueError(f"pacer profile: version {data['version']!r} is unknown, expected 1")
-        confident = {drafter: _Confident() for drafter in data["confidence"]}
+        confident = {drafter: Calibrated() for drafter in data["confidence"]}
         for drafter, curve in data["confidence"].items():
             confident[drafter].model.restore(curve)
         self._acceptance.restore(data["acceptance"])
         self._confident.update(confident)
 
-    def _states_confidence(self, drafter: str) -> _Confident:
+    def _states_confidence(self, drafter: str) -> Calibrated:
         confident = self._confident.get(drafter)
         if confident is None:
-            confident = self._confident[drafter] = _Confident()
+            confident = self._confident[drafter] = Calibrated()
         return confident
 
     def _lane(self, task: str, batch: int, plain: float) -> _Lane:
@@ -331,7 +301,8 @@ class Pacer(Controller):
         drafter = offer.outlook.drafter
         confident = self._confident.get(drafter)
         stops = confident is not None and confident.asks and confident.model.labels >= _CALIBRATED and not probe
-        num_draft = self._affordable(context, offer, plain, lane, len(offer.rates) if stops else wanted)
+        self._lend_reading(offer, plain, lane)
+        num_draft = self._affordable(context, offer, plain, len(offer.rates) if stops else wanted)
         if num_draft == 0:
             lane.rests[(drafter, offer.outlook.signal)] = self._tokens + _REST
             return Plan(None, 0, "plain: bank, earlier losses come first", 1.0, plain)
@@ -348,18 +319,22 @@ class Pacer(Controller):
         seconds = offer.seconds[expected]
         return Plan(drafter, num_draft, self._why_draft(num_draft, emitted, seconds / plain, probe), emitted, seconds, probe)
 
-    def _affordable(self, context: RoundContext, offer: _Offer, plain: float, lane: _Lane, wanted: int) -> int:
+    def _lend_reading(self, offer: _Offer, plain: float, lane: _Lane) -> None:
+        """What a drafter is worth cannot be known before it has read a prompt: that is lent, once."""
+        drafter = offer.outlook.drafter
+        catch_up = self._costs.catch_up(drafter, offer.outlook.catch_up)
+        if 0.0 < catch_up <= _READING * plain and drafter not in self._read:
+            self._read.add(drafter)
+            self._bank.lend(catch_up)
+            lane.purse.lend(catch_up)
+
+    def _affordable(self, context: RoundContext, offer: _Offer, plain: float, wanted: int) -> int:
         """The longest draft, up to the wanted one, whose worst loss the bank grants; 0 if there is none."""
         costs, outlook = self._costs, offer.outlook
         table = costs.measured(_base_rows(context), wanted, context.context_length)
         free = plain if _alone(context) else table[0]
         line, rest = costs.line(outlook.drafter), costs.rest
         catch_up = costs.catch_up(outlook.drafter, outlook.catch_up)
-        if 0.0 < catch_up <= _READING * plain and outlook.drafter not in self._read:
-            # What it is worth cannot be known before it has read a prompt: that is lent, once.
-            self._read.add(outlook.drafter)
-            self._bank.lend(catch_up)
-            lane.purse.lend(catch_up)
         margin = 1.0 + 2.0 * costs.deviation
         for k in range(wanted, 0, -1):
             worst = max(margin * offer.seconds[k], table[k] + line.worst(k) + rest.worst(k)) + catch_up
@@ -369,13 +344,13 @@ class Pacer(Controller):
 
     def _ceiling(self, record: StepRecord, rows: int) -> float:
         """Seconds beyond which a speculative round was interrupted rather than dear."""
-        if record.round_seconds <= _HICCUP * record.expected_seconds:
+        if record.round_seconds <= HICCUP * record.expected_seconds:
             return inf  # the usual case, without a look at the worst one
         worst = max(self._costs.measured(rows, 0, record.context_length)[0], record.expected_seconds)
         worst += record.batch_size * self._costs.rest.worst(record.num_drafted)
         if record.drafter is not None:
             worst += record.batch_size * self._costs.line(record.drafter).worst(record.num_drafted)
-        return _HICCUP * worst if worst > 0.0 else inf
+        return HICCUP * worst if worst > 0.0 else inf
 
     def _learn_acceptance(self, record: StepRecord, seconds: float) -> None:
         assert record.drafter is not None  # the caller asked
