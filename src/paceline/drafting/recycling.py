@@ -15,7 +15,7 @@ import torch
 
 from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec, DraftSession, KeepDrafting, SequenceView
 from paceline.drafting.options import whole
-from paceline.drafting.rows import TopTokens, row_tokens, top_tokens
+from paceline.drafting.rows import TopTokens, load_library, row_tokens, top_tokens
 from paceline.drafting.templates import LearntTemplate
 from paceline.records import Draft, Outlook, Verdict
 
@@ -55,6 +55,7 @@ class RecyclingDrafter(Drafter):
 
     @classmethod
     def build(cls, spec: DrafterSpec, options: RecyclingOptions, context: DrafterContext) -> RecyclingDrafter:
+        load_library()  # compiles now, if ever, and not in the first round
         return cls(context.vocab_size, options, str(spec), tree=spec.tree)
 
     def open(self, view: SequenceView) -> RecyclingSession:

@@ -3,9 +3,9 @@
 For every n-gram that was verified, the ten most probable next tokens and their probabilities are kept and averaged over visits.
 A draft looks up the longest n-gram at its end. Greedy requests take the most probable tokens; sampled ones draw from the stored
 distribution, which is known, so that they can be verified by a ratio test. Needs the target's rows of each round: about 0.1 ms a
-row to learn. Deviations: the distribution is what is stored, renormalised after temperature and filters; children of a node are
-drawn one after another without replacement (the law of Gumbel-top-k); and a tree grows with the stored probabilities instead of a
-fixed template.
+row to learn, most of it for fetching the row. Deviations: the distribution is what is stored, renormalised after temperature and
+filters; children of a node are drawn one after another without replacement (the law of Gumbel-top-k); and a tree grows with the
+stored probabilities instead of a fixed template.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ class StandDrafter(Drafter):
 
     @classmethod
     def build(cls, spec: DrafterSpec, options: StandOptions, context: DrafterContext) -> StandDrafter:
+        load_library()  # compiles now, if ever, and not in the first round
         return cls(context.vocab_size, options, str(spec), tree=spec.tree)
 
     def open(self, view: SequenceView) -> StandSession:

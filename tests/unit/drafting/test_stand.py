@@ -8,6 +8,7 @@ import scipy.stats
 import torch
 
 from paceline.config import SamplingParams
+from paceline.drafting.rows import top_tokens
 from paceline.drafting.sparse import SparseRow
 from paceline.drafting.stand import NgramMemory, StandDrafter, StandOptions, distribution
 from paceline.records import Verdict
@@ -81,7 +82,7 @@ def test_features_describe_the_row() -> None:
 
 def test_stored_distributions_are_the_rows_own_probabilities() -> None:
     logits = torch.linspace(0, 3, 30)
-    row = distribution(logits)
+    row = distribution(top_tokens(logits[None], 10, totals=True)[0])
     assert row.ids == tuple(range(29, 19, -1))
     assert row.probs == pytest.approx(torch.softmax(logits, 0)[list(row.ids)].tolist(), rel=1e-5)
 
