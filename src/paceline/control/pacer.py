@@ -151,13 +151,13 @@ class Pacer(Controller):
             if offer.merit > best.merit:
                 best, offer = offer, best
             others.append(offer)
-        for offer in (best, *others):
-            if offer.merit < _CLEARLY_NOT:
-                lane.rests[(offer.outlook.drafter, offer.outlook.signal)] = self._tokens + _REST
         pays = best.merit > 1.0 + self.options.margin + (_DOUBLE_PROOF if lane.purse.slack <= 0.0 else 0.0)
         for offer in others if pays else [best, *others]:
             if self._may_probe(context, offer, plain, best.merit if pays else 1.0, lane):
                 return self._grant(context, offer, plain, lane, min(offer.num_draft, 2), probe=True)
+        for offer in (best, *others):
+            if offer.merit < _CLEARLY_NOT:
+                lane.rests[(offer.outlook.drafter, offer.outlook.signal)] = self._tokens + _REST
         if pays:
             return self._grant(context, best, plain, lane, best.num_draft, probe=False)
         return Plan(None, 0, self._why_plain(best, plain), 1.0, plain)

@@ -99,7 +99,9 @@ class Simulator:
         while self.outcome.tokens < self.world.tokens:
             batch, factor = self.world.regime.load(self.outcome.tokens / self.world.tokens)
             self._admit(batch)
-            self._round(factor)
+            # Requests over the present load wait: else a fast controller, which is in another part of a request when the load
+            # changes, would be measured under another load than a slow one.
+            self._round(self._active[:batch], factor)
         return self.outcome
 
     def _admit(self, batch: int) -> None:
@@ -110,11 +112,11 @@ class Simulator:
             self._next_id += 1
             self._next_start = end
 
-    def _round(self, factor: float) -> None:
+    def _round(self, running: Sequence[_Sequence], factor: float) -> None:
         drafts: list[_Drafted] = []
         rows = 0
-        for sequence in self._active:
-            drafts.append(self._draft(sequence, rows))
+        for sequence in running:
+            drafts.append(self._draft(sequence, len(running), rows))
             rows += drafts[-1].count + 1
         context = max(d.context.context_length for d in drafts)
         verify = self._costs.t_verify(rows, context) * factor * self._noise_factor()
@@ -143,7 +145,7 @@ class Simulator:
 
         return tuple(Outlook(s.drafter, min(s.available[at], limit), s.signal[at], lag(s.drafter)) for s in self.world.streams)
 
-    def _draft(self, sequence: _Sequence, other_rows: int) -> _Drafted:
+    def _draft(self, sequence: _Sequence, batch: int, other_rows: int) -> _Drafted:
         limit = min(MAX_DRAFT, sequence.remaining - 1)
         regime = self.world.regime
         start = sequence.request_id * regime.request_tokens
@@ -152,7 +154,7 @@ class Simulator:
             context_length=regime.prompt_tokens + sequence.position - start,
             max_draft=limit,
             outlooks=self._outlooks(sequence, limit),
-            batch_size=len(self._active),
+            batch_size=batch,
             other_rows=other_rows,
             task=regime.name,
         )
