@@ -46,6 +46,9 @@ class Timed(Controller):
         self.inner = inner
         self.seconds = 0.0
 
+    def plan_unseen(self, task: str, batch_size: int) -> Plan | None:
+        return self.inner.plan_unseen(task, batch_size)
+
     def plan(self, context: RoundContext) -> Plan:
         started = perf_counter()
         plan = self.inner.plan(context)
