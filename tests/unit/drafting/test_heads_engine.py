@@ -135,7 +135,7 @@ def test_greedy_texts_are_those_of_plain_decoding(method: str, form: str, backen
     params = SamplingParams(max_tokens=24)
     want = engine(run).generate(PROMPT, params).token_ids
     drafter = make(method + form, tmp_path, run)
-    for k in (1, 4, 11):
+    for k in (1, 4, 11) if backend == "lean" else (4,):  # drafting is the same code whoever hands out the states
         result = engine(run, [drafter], k).generate(PROMPT, params)
         assert result.token_ids == want
         assert result.num_drafted > 20
