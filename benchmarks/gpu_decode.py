@@ -30,7 +30,7 @@ from paceline.drafting.model import ModelDrafter
 from paceline.drafting.ngram import NgramDrafter
 from paceline.engine import Engine
 from paceline.execution.base import Segment, prefill
-from paceline.execution.cuda.linears import PackedLinear, Tuning, Workspace
+from paceline.execution.cuda.linears import PackedLinear, Tuning
 from paceline.execution.cuda.runner import CudaRunner
 from paceline.execution.measure import measure_costs
 from paceline.models.base import ModelSource, Tokenizer
@@ -162,14 +162,13 @@ def replays(run: Callable[[], object]) -> Callable[[], None]:
 
 def linears(rows: Sequence[int]) -> dict[str, Any]:
     """Microseconds of each product of the 8B shape: ours in each format, and the library's in bf16."""
-    workspace = Workspace(torch.device("cuda"))
     table = {}
     for name, (outputs, inputs) in MATRICES.items():
         copies = max(2, int(1e9 / (outputs * inputs * 2)))  # more than the second-level cache holds
         weights = [torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(copies)]
         table[name] = {"library bf16": {count: library_us(weights, count) for count in rows}}
         for kind in ("bf16", "int8", "fp8", "int4"):
-            packed = [PackedLinear(w, kind, workspace) for w in weights]
+            packed = [PackedLinear(w, kind) for w in weights]
             table[name][kind] = {count: ours_us(packed, count) for count in (rows if kind != "fp8" else rows[:1])}
     return table
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.errors import ModelError
-from paceline.execution.cuda.linears import PackedLinear, Workspace, ring
+from paceline.execution.cuda.linears import MAX_ROWS, PackedLinear, ring, split, threads
 from paceline.execution.cuda.packing import (
     FORMATS,
     column_tiles,
@@ -67,8 +67,8 @@ def test_blocks_of_eight_bits_are_not_taken_for_four_bits() -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_rows_are_filled_up_to_whole_groups(format: str) -> None:
-    packed = pack(matrix(130, 64), format)
-    assert packed.padded_rows == padded_rows(130, format) == 256
+    packed = pack(matrix(130, 64), format, group_tiles=3)
+    assert packed.padded_rows == padded_rows(130, 3) == 144
     assert unpack(packed).shape == (130, 64)
 
 
@@ -105,17 +105,39 @@ def test_column_tiles_lose_nothing_and_keep_eight_inputs_of_a_row_together() -> 
 def test_the_reference_product_applies_norm_bias_and_row_order(format: str) -> None:
     weight, x = matrix(192, 128, 3), matrix(5, 128, 4).to(torch.bfloat16)
     bias, norm = matrix(1, 192, 5)[0], torch.rand(5, 1) + 0.5
-    linear = PackedLinear(weight, format, Workspace(torch.device("cpu")), kind="heads", head_dim=64, bias=bias)
+    linear = PackedLinear(weight, format, kind="heads", head_dim=64, bias=bias)
     rounded = torch.empty_like(weight)
     rounded[row_order("heads", 192, 64)] = unpack(linear.packed)
     want = x.float() @ rounded.to(torch.bfloat16).float().T * norm + bias
     assert torch.allclose(linear.dense(x, norm), want, rtol=0.02, atol=0.02)
 
 
+SHAPES = [(240, 72), (288, 36), (1792, 72), (288, 224), (3072, 72), (60, 9), (36, 9), (36, 24), (1, 1), (500, 3)]
+"""Tiles and steps of large and small matrices."""
+
+
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("columns", range(1, 9))
-def test_the_ring_fits_into_shared_memory_with_at_least_two_stages(format: str, columns: int) -> None:
-    for steps in (1, 2):
-        stages, size = ring(format, columns, steps)
-        assert stages >= 2
-        assert size <= 227 * 1024 - 8 * columns * 33 * 4
+@pytest.mark.parametrize(("tiles", "steps"), SHAPES)
+@pytest.mark.parametrize("processors", [132, 114, 78])
+def test_a_split_covers_the_matrix_in_one_wave_of_blocks(format: str, tiles: int, steps: int, processors: int) -> None:
+    made = split(tiles, steps, format, processors)
+    groups = -(-tiles // made.group)
+    assert -(-groups // made.rounds) * made.sharers <= processors
+    assert made.own_steps * made.sharers >= steps
+    assert made.rounds == 1 or made.slices * made.sharers == 1  # parts of sums have one place
+    assert all(threads(made, "gated", columns) <= 1024 for columns in range(1, 9))
+
+
+def test_a_tall_matrix_is_shared_by_nobody_and_a_wide_one_by_two_blocks() -> None:
+    assert split(1792, 72, "bf16", 132).sharers == 1
+    assert split(288, 224, "bf16", 132).sharers == 2
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("tiles", "steps"), SHAPES)
+def test_the_ring_holds_at_least_one_stage(format: str, tiles: int, steps: int) -> None:
+    made = split(tiles, steps, format, 132)
+    for columns in range(1, MAX_ROWS // 8 + 1):
+        depth, stages = ring(format, columns, made)
+        assert depth in (1, 2)
+        assert 1 <= stages <= 16

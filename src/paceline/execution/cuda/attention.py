@@ -79,7 +79,7 @@ def _chunks(
             gdc_launch_dependents()
         query_head = head * GROUP + lane % GROUP
         offset = (row * KV_HEADS * GROUP + query_head) * D
-        query = tl.load(q + offset[:, None] + d[None, :], mask=live[:, None], other=0.0)
+        query = tl.load(q + offset[:, None] + d[None, :], mask=live[:, None], other=0.0, cache_modifier=".cg")
         scores = tl.dot(query, tl.trans(k)) * scale
         seen = key[None, :] < limit[:, None]
         if WINDOW > 0:
@@ -154,9 +154,9 @@ def _tail(
         chunk = start + tl.arange(0, JOIN)
         known = (chunk < chunks) & (chunk >= first_chunk)
         part = entry * num_chunks + chunk
-        part_peak = tl.load(stats + part * 2, mask=known, other=float("-inf"))
-        part_total = tl.load(stats + part * 2 + 1, mask=known, other=0.0)
-        part_sum = tl.load(sums + part[:, None] * D + d[None, :], mask=known[:, None], other=0.0)
+        part_peak = tl.load(stats + part * 2, mask=known, other=float("-inf"), cache_modifier=".cg")
+        part_total = tl.load(stats + part * 2 + 1, mask=known, other=0.0, cache_modifier=".cg")
+        part_sum = tl.load(sums + part[:, None] * D + d[None, :], mask=known[:, None], other=0.0, cache_modifier=".cg")
         higher = tl.maximum(peak, tl.max(part_peak, 0))
         share = tl.exp2(part_peak - higher)
         keep = tl.exp2(peak - higher)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from paceline.execution.cuda.capture import Layout, Shape
-from paceline.execution.cuda.linears import MAX_ROWS, PackedLinear, Tuning, Workspace
+from paceline.execution.cuda.linears import MAX_ROWS, PackedLinear, Tuning
 from paceline.execution.cuda.packing import from_column_tiles
 from paceline.execution.cuda.paging import PagedCache, PagedSequence
 from paceline.execution.structure import LayerWeights, LeanSpec, Matrix, ModelWeights
@@ -61,7 +61,6 @@ class Decoder:
     ) -> None:
         """Loads, folds and packs matrix by matrix, so that no second copy of the model is ever in memory."""
         self.spec, self._device, self._format, self._tuning = spec, device, format, tuning
-        self._workspace = Workspace(device)
         self.embedding = weights.embedding.weight().to(device, torch.bfloat16)
         self.layers = [self._layer(layer, spec.windows[i]) for i, layer in enumerate(weights.layers)]
         self.final_norm = weights.final_norm.to(device)
@@ -116,7 +115,7 @@ class Decoder:
             weight = weight.float() * norm.to(self._device)
         blocks = matrix.blocks() if format == "int4" and norm is None else None
         bias = None if bias is None else bias.to(self._device)
-        return PackedLinear(weight, format, self._workspace, bias=bias, blocks=blocks, tuning=self._tuning, **options)
+        return PackedLinear(weight, format, bias=bias, blocks=blocks, tuning=self._tuning, **options)
 
     # ---------- up to 64 rows: kernels ----------
 

@@ -54,11 +54,13 @@ class Kernel:
         *,
         shared_bytes: int = 0,
         overlap: bool = False,
+        cluster: int = 1,
     ) -> None:
         """Launch on torch's current stream.
 
         arguments: ctypes values or structures, in the kernel's order.
         overlap: may start while the kernel before it on the stream still runs (it waits inside, before it reads what that made).
+        cluster: blocks that run at the same time and read each other's shared memory.
         """
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         config = driver.CUlaunchConfig()
@@ -67,6 +69,8 @@ class Kernel:
         config.sharedMemBytes = shared_bytes
         config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
         attributes = [_overlap_attribute()] if overlap else []
+        if cluster > 1:
+            attributes.append(_cluster_attribute(cluster))
         config.attrs, config.numAttrs = attributes, len(attributes)
         _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
 
@@ -75,6 +79,14 @@ def _overlap_attribute() -> Any:
     attribute = driver.CUlaunchAttribute()
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
+
+
+def _cluster_attribute(blocks: int) -> Any:
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    size = attribute.value.clusterDim
+    size.x, size.y, size.z = blocks, 1, 1
     return attribute
 
 

@@ -10,39 +10,34 @@ DEVICE float activate(float v, int gelu) {
     return v / (1.f + __expf(-v));
 }
 
-// What finishing a tile needs from memory besides its sums; asked for before the steps, so that it is there behind them.
+// What finishing 8 columns of a tile needs from memory besides its sums; asked for before the steps, so that it is there behind them.
 struct Prepared {
     float scale[2], bias[2];  // of weight rows g and g + 8
 #if EPILOGUE == RESIDUAL
-    u16 old[NT][2][2];
+    u16 old[2][2];
 #elif EPILOGUE == QKV
-    float2 turn[NT][2];
-    int slot[NT][2];
+    float2 turn[2];
+    int slot[2];
 #endif
-    DEVICE void load(const Args &p, int tile) {
+    DEVICE void load(const Args &p, int tile, int j) {
         const int g = lane_id() >> 2;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             scale[i] = FORMAT == 1 || FORMAT == 2 ? p.row_scales[tile * 16 + g + 8 * i] : 1.f;
             bias[i] = p.bias ? p.bias[tile * 16 + g + 8 * i] : 0.f;
-        }
 #if EPILOGUE == RESIDUAL || EPILOGUE == QKV
-#pragma unroll
-        for (int j = 0; j < NT; ++j)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int n = min(j * 8 + (int)(lane_id() & 3) * 2 + i, p.rows - 1);
+            const int n = min(j * 8 + (int)(lane_id() & 3) * 2 + i, p.rows - 1);
+#endif
 #if EPILOGUE == RESIDUAL
-                const u16 *out = (const u16 *)p.out + place(n, tile * 16 + g);
-                old[j][i][0] = out[0];
-                old[j][i][1] = out[8];
-#else
-                const int d = tile % (p.head_dim / 16) * 8 + g;
-                turn[j][i] = ((const float2 *)p.rotary)[p.positions[n] * (p.head_dim / 2) + d];
-                slot[j][i] = p.slots[n];
+            const u16 *out = (const u16 *)p.out + place(n, tile * 16 + g);
+            old[i][0] = fresh(out);
+            old[i][1] = fresh(out + 8);
+#elif EPILOGUE == QKV
+            const int d = tile % (p.head_dim / 16) * 8 + g;
+            turn[i] = ((const float2 *)p.rotary)[p.positions[n] * (p.head_dim / 2) + d];
+            slot[i] = p.slots[n];
 #endif
-            }
-#endif
+        }
     }
 };
 
@@ -59,7 +54,7 @@ DEVICE void finish(const Args &p, const Prepared &ready, int tile, int j, int i,
         out[8] = low;
     }
 #elif EPILOGUE == RESIDUAL
-    const u16 a = to_bf16(from_bf16(ready.old[j][i][0]) + top), b = to_bf16(from_bf16(ready.old[j][i][1]) + low);
+    const u16 a = to_bf16(from_bf16(ready.old[i][0]) + top), b = to_bf16(from_bf16(ready.old[i][1]) + low);
     float square = from_bf16(a) * from_bf16(a) + from_bf16(b) * from_bf16(b);
     if (live) {
         u16 *out = (u16 *)p.out + place(n, tile * 16 + g);
@@ -75,7 +70,7 @@ DEVICE void finish(const Args &p, const Prepared &ready, int tile, int j, int i,
     if (!live) return;
     const int per_head = p.head_dim / 16, head = tile / per_head, d = (tile % per_head) * 8 + g;
     if (head < p.heads + p.kv_heads) {
-        const float2 turn = ready.turn[j][i];
+        const float2 turn = ready.turn[i];
         const float a = top * turn.x - low * turn.y;
         low = low * turn.x + top * turn.y;
         top = a;
@@ -85,7 +80,7 @@ DEVICE void finish(const Args &p, const Prepared &ready, int tile, int j, int i,
         out = (u16 *)p.out + (long long)n * p.out_stride + head * p.head_dim;
     } else {
         const bool value = head >= p.heads + p.kv_heads;
-        const int h = head - p.heads - (value ? p.kv_heads : 0), slot = ready.slot[j][i];
+        const int h = head - p.heads - (value ? p.kv_heads : 0), slot = ready.slot[i];
         out = (value ? p.v_cache : p.k_cache);
         out += (((long long)(slot / PAGE) * p.kv_heads + h) * PAGE + slot % PAGE) * p.head_dim;
     }
@@ -96,29 +91,30 @@ DEVICE void finish(const Args &p, const Prepared &ready, int tile, int j, int i,
 
 // norms[n] = 1 / rms of activation row n (1 without a norm), by NORM_WARPS warps. The order of the sum does not depend on the
 // number of rows; several loads are on their way at once.
-DEVICE void row_norms(const Args &p, float *sums, float *norms) {
-    const int thread = threadIdx.x - (WARPS + 2) * 32;
+DEVICE void row_norms(const Args &p, float4 *sums, float *norms) {
+    const int thread = threadIdx.x - (WARPS + 1 + INPUT_WARPS) * 32;
     if (p.squares) {
-#pragma unroll 4
-        for (int i = thread; i < SUBSETS * NT * 8; i += NORM_WARPS * 32) {
-            const float *from = p.squares + i % (NT * 8);
-            float sum = 0.f;
-            for (int j = i / (NT * 8); j < p.num_squares; j += 9 * SUBSETS) {
-                float part[9];
+        for (int i = thread; i < SUBSETS * NT * 2; i += NORM_WARPS * 32) {  // of four rows each
+            const float4 *from = (const float4 *)p.squares + i % (NT * 2);
+            float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+            for (int j = i / (NT * 2); j < p.num_squares; j += 9 * SUBSETS) {
+                float4 part[9];
 #pragma unroll
-                for (int k = 0; k < 9; ++k) part[k] = j + k * SUBSETS < p.num_squares ? from[(j + k * SUBSETS) * 64] : 0.f;
+                for (int k = 0; k < 9; ++k) part[k] = fresh(from + min(j + k * SUBSETS, p.num_squares - 1) * 16);
 #pragma unroll
-                for (int k = 0; k < 9; ++k) sum += part[k];
+                for (int k = 0; k < 9; ++k) {
+                    const float live = j + k * SUBSETS < p.num_squares ? 1.f : 0.f;
+                    sum.x += live * part[k].x, sum.y += live * part[k].y, sum.z += live * part[k].z, sum.w += live * part[k].w;
+                }
             }
             sums[i] = sum;
         }
         asm volatile("bar.sync 1, %0;" ::"n"(NORM_WARPS * 32) : "memory");
     }
-    if (thread < NT * 8) {
-        const int n = thread;
+    for (int n = thread; n < NT * 8; n += NORM_WARPS * 32) {
         float sum = 0.f;
         if (p.squares)
-            for (int i = 0; i < SUBSETS; ++i) sum += sums[i * NT * 8 + n];
+            for (int i = 0; i < SUBSETS; ++i) sum += ((const float *)sums)[i * NT * 8 + n];
         norms[n] = p.squares ? rsqrtf(sum * p.inv_width + p.eps) : 1.f;
     }
 }

@@ -8,9 +8,14 @@ typedef unsigned short u16;
 #define GATED 2
 #define QKV 3
 #define PAGE 64
-#define WARPS (FORMAT == 0 ? 8 : 16)  // that multiply; two more copy, a few prepare the norms
-#define NORM_WARPS (FORMAT == 0 ? 4 : 2)
-#define THREADS ((WARPS + 2 + NORM_WARPS) * 32)
+#define WARPS (GROUP * SLICES)                      // that multiply; one more copies weights
+#define INPUT_WARPS (NT <= 2 ? 2 : 1)               // that copy activations, which come in small pieces if rows are few
+#define NORM_WARPS (EPILOGUE == RESIDUAL ? 0 : 3 - INPUT_WARPS)
+#define THREADS ((WARPS + 1 + INPUT_WARPS + NORM_WARPS) * 32)
+#define STEPS (SLICES * DEPTH)                      // of a stage of the ring
+#define PARTS (SLICES * SHARERS)                    // of a tile's sums, in as many warps
+#define OWN_TILES ((GROUP + SHARERS - 1) / SHARERS)  // of a group that a block finishes
+#define ITEMS (PARTS == 1 ? NT : (OWN_TILES * NT + WARPS - 1) / WARPS)  // columns of tiles that a warp finishes
 #define SUBSETS 32  // of the partial sums of squares
 #define MAX_STAGES 16
 
@@ -26,10 +31,11 @@ struct Args {
     const float *rotary;        // QKV: [position][head_dim / 2][2], cosine and sine
     const int *positions;       // QKV: [n]
     const int *slots;           // QKV: [n], page * 64 + offset
-    uint4 *parts;               // [blocks][16][8][32]: sums that another block will add; EMPTY until they are there
     float inv_width, eps;       // of the RMS norm before this product
-    int k_steps;                // k / 64, a multiple of STEPS
+    int k_steps;                // k / 64
     int tiles;                  // rows of w / 16
+    int groups;                 // of tiles
+    int rounds;                 // groups of a block, one after another
     int rows;                   // rows of x that count
     int num_squares;
     int out_stride;
@@ -43,6 +49,14 @@ struct Args {
 
 DEVICE u32 lane_id() { return threadIdx.x & 31; }
 DEVICE float from_bf16(u16 v) { return __uint_as_float((u32)v << 16); }
+
+// What the kernel before made: past the first-level cache, which may hold what it was when an earlier kernel read it.
+DEVICE u16 fresh(const u16 *p) { u16 v; asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(p)); return v; }
+DEVICE float4 fresh(const float4 *p) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p));
+    return v;
+}
 
 DEVICE u32 pack_bf16(float low, float high) {
     u32 r;
@@ -59,14 +73,20 @@ DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 
 DEVICE u32 sub2(u32 a, u32 b) { u32 r; asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
 DEVICE u32 mul2(u32 a, u32 b) { u32 r; asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
-DEVICE u32 fma2(u32 a, u32 b, u32 c) { u32 r; asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c)); return r; }
+// Both halves of a times the lower half of b, plus the upper half of b.
+DEVICE u32 scaled(u32 a, u32 b) {
+    u32 r;
+    asm("{ .reg .b16 s, o;\n.reg .b32 ss, oo;\nmov.b32 {s, o}, %2;\nmov.b32 ss, {s, s};\nmov.b32 oo, {o, o};\nfma.rn.bf16x2 %0, %1, ss, oo; }"
+        : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
 
 // ---- formats: a lane's 16-byte words of one step (16 weight rows x 64 inputs), and their unpacking into mma operands ----
 
 #define WORDS (FORMAT == 0 ? 4 : 2)                  // in registers
 #define WEIGHT_WORDS (FORMAT == 3 ? 1 : WORDS)       // that hold weights; int4 has one of scales, shared by 4 lanes
-#define WORD_BYTES (WARPS * WEIGHT_WORDS * 512)      // of a block's step
-#define WEIGHT_BYTES (WORD_BYTES + (FORMAT == 3 ? WARPS * 128 : 0))
+#define WORD_BYTES (GROUP * WEIGHT_WORDS * 512)      // of a group's step
+#define WEIGHT_BYTES (WORD_BYTES + (FORMAT == 3 ? GROUP * 128 : 0))
 #define INPUT_BYTES (NT * 1024)
 #define STAGE_BYTES (STEPS * (WEIGHT_BYTES + INPUT_BYTES))
 #define EXPONENT (FORMAT == 3 ? 0x41804180u : 0x43004300u)
@@ -104,13 +124,11 @@ DEVICE void operand(const uint4 (&w)[WORDS], int half, int step, u32 exponent, u
     // A nibble in bits 3 to 6 of 0x4180 is the bf16 number 16 + q; the fourth nibbles cross the middle of the word.
     const u32 top = half ? w[0].z : w[0].x, low = half ? w[0].w : w[0].y;
     const u32 top_scale = half ? w[1].z : w[1].x, low_scale = half ? w[1].w : w[1].y;
-    const u32 ts = __byte_perm(top_scale, 0, 0x1010), to = __byte_perm(top_scale, 0, 0x3232);
-    const u32 ls = __byte_perm(low_scale, 0, 0x1010), lo = __byte_perm(low_scale, 0, 0x3232);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int shift = 4 * (2 * step + i);
-        a[2 * i] = fma2((__funnelshift_r(top, top, shift) & 0x00780078u) | exponent, ts, to);
-        a[2 * i + 1] = fma2((__funnelshift_r(low, low, shift) & 0x00780078u) | exponent, ls, lo);
+        a[2 * i] = scaled((__funnelshift_r(top, top, shift) & 0x00780078u) | exponent, top_scale);
+        a[2 * i + 1] = scaled((__funnelshift_r(low, low, shift) & 0x00780078u) | exponent, low_scale);
     }
 #endif
 }

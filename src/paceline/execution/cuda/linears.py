@@ -11,30 +11,39 @@ import torch
 import torch.nn.functional as F
 
 from paceline.execution.cuda.driver import Kernel
-from paceline.execution.cuda.packing import FORMATS, GROUP_TILES, STEP, TILE, Packed, natural_rows, pack, row_order, unpack
+from paceline.execution.cuda.packing import FORMATS, STEP, TILE, Packed, natural_rows, pack, row_order, unpack
 from paceline.models.base import QuantBlocks
 
 MAX_ROWS = 64
 EPILOGUES = {"logits": 0, "residual": 1, "gated": 2, "qkv": 3}
 _PARTS = ("formats.cu", "finish.cu", "skinny.cu")
-_LEAST_STEPS = 3
-"""A block gets at least so many steps of a small matrix: more blocks would only wait for each other."""
 _SHARED_BYTES = 216_000
 """Shared memory of a block: so much that a multiprocessor holds one block, which spreads them evenly whatever runs before, and
 leaves room for attention's small blocks, which run before the weights behind them are needed."""
 _SPARE_BYTES = 44_000
 """What the product before attention leaves free, so that attention can fetch its keys early."""
-_FINE_UNITS = 12
-"""A block with fewer stages of two steps gets stages of one: the work is dealt out more evenly."""
+_MOST_TILES = 16
+"""Tiles of a group at most: a warp each."""
+_WARPS = {"bf16": 10, "int8": 28, "fp8": 28, "int4": 28}
+"""Multiplying warps of a block; unpacking asks for more of them."""
+_TILE_BYTES = {"bf16": 2048, "int8": 1024, "fp8": 1024, "int4": 512 + 128}
+"""Of a step."""
+_MOST_PARTS = 8
+"""Of a tile's sums."""
+_DEEP_STEPS, _DEEP_STAGES = 24, 4
+"""A warp with as many steps takes two at once where as many such stages fit into the ring."""
 _MAX_STAGES = 16
-_PART_WORDS = 16 * 8 * 32 * 4
+_MEETING_BYTES = 20_000
+"""What a block could read while those that share a group meet."""
+_PROCESSORS = 132
+"""Of a device that has no kernels."""
 
 _POINTERS = (
     *("weights", "row_scales", "bias", "x", "squares", "out", "out_squares"),
-    *("k_cache", "v_cache", "rotary", "positions", "slots", "parts"),
+    *("k_cache", "v_cache", "rotary", "positions", "slots"),
 )
 _NUMBERS = (
-    *("k_steps", "tiles", "rows", "num_squares", "out_stride"),
+    *("k_steps", "tiles", "groups", "rounds", "rows", "num_squares", "out_stride"),
     *("heads", "kv_heads", "head_dim", "gelu", "stages", "exponent"),
 )
 
@@ -54,39 +63,78 @@ class _Arguments(ctypes.Structure):
 class Tuning:
     """What was chosen by measurement (benchmarks/gpu_decode.py); none of it changes a bit of the results."""
 
-    stages: tuple[int, int, int, int] = (3, 6, 6, 4)
-    """By format: stages of the ring of a large product at most; more would only queue at the memory."""
     overlap: bool = True
     """Kernels may start while the one before them ends."""
 
 
-class Workspace:
-    """What the products of one device share, one after another: sums on their way between blocks."""
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How a matrix is dealt out to blocks and warps (see skinny.cu)."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.blocks = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        self.parts = torch.full((self.blocks * _PART_WORDS,), -1, dtype=torch.int32, device=device)
-        """All bits set: no part has come yet."""
+    group: int
+    """Tiles of a group."""
+    sharers: int
+    """Blocks that share a group's inputs."""
+    slices: int
+    """Warps of a block that share a tile's inputs."""
+    rounds: int
+    """Groups of a block, one after another."""
+    own_steps: int
+    """Steps of a block at most."""
+
+
+def split(tiles: int, steps: int, format: str, processors: int) -> Split:
+    """The split whose busiest block has the fewest bytes to read: weights, and 16 rows of activations.
+
+    tiles: of 16 rows; steps: of 64 inputs. A function of these alone, so that the order of sums is.
+    """
+    splits = []
+    for sharers in (1, 2):
+        clusters = processors // sharers
+        rounds = -(-tiles // (clusters * _MOST_TILES))
+        group, own = -(-tiles // (clusters * rounds)), -(-steps // sharers)
+        slices = 1 if rounds > 1 else max(1, min(_WARPS[format] // group, own, _MOST_PARTS // sharers))
+        if sharers == 1 or (rounds == 1 and own >= 2):
+            cost = rounds * own * (group * _TILE_BYTES[format] + 2048) + (sharers > 1) * _MEETING_BYTES
+            splits.append((cost, Split(group, sharers, slices, rounds, own)))
+    return min(splits, key=lambda s: s[0])[1]
 
 
 @cache
-def _skinny(format: str, epilogue: str, columns: int, steps: int) -> Kernel:
-    defines = {"NT": columns, "FORMAT": FORMATS[format], "EPILOGUE": EPILOGUES[epilogue], "STEPS": steps}
-    return Kernel(_PARTS, "skinny", defines, _SHARED_BYTES)
+def _skinny(format: str, epilogue: str, columns: int, split: Split, depth: int) -> Kernel:
+    defines = {"NT": columns, "FORMAT": FORMATS[format], "EPILOGUE": EPILOGUES[epilogue], "DEPTH": depth}
+    return Kernel(_PARTS, "skinny", {**defines, **_defines(split)}, _SHARED_BYTES)
+
+
+def _defines(split: Split) -> dict[str, int]:
+    return {"GROUP": split.group, "SHARERS": split.sharers, "SLICES": split.slices}
 
 
 @cache
-def _unpacker(format: str) -> Kernel:
-    return Kernel(_PARTS, "unpack", {"NT": 1, "FORMAT": FORMATS[format], "EPILOGUE": 0, "STEPS": 1})
+def _unpacker(format: str, split: Split) -> Kernel:
+    defines = {"NT": 1, "FORMAT": FORMATS[format], "EPILOGUE": 0, "DEPTH": 1}
+    return Kernel(_PARTS, "unpack", {**defines, **_defines(split)})
 
 
-def ring(format: str, columns: int, steps: int, limit: int = _SHARED_BYTES) -> tuple[int, int]:
-    """Stages of the ring in shared memory, and its bytes."""
-    warps = GROUP_TILES[format]
-    weights = {"bf16": 2048, "int8": 1024, "fp8": 1024, "int4": 512 + 128}[format]
-    stage = steps * (warps * weights + columns * 1024)
-    stages = min(_MAX_STAGES, (limit - columns * 1024) // stage)  # the norms' partial sums lie beside it
-    return stages, stages * stage
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _PROCESSORS
+
+
+def threads(split: Split, epilogue: str, columns: int) -> int:
+    """Of a block: multiplying, copying, and preparing the norms (see formats.cu)."""
+    inputs = 2 if columns <= 2 else 1
+    return 32 * (split.group * split.slices + 1 + (inputs if epilogue == "residual" else 3))
+
+
+def ring(format: str, columns: int, split: Split, limit: int = _SHARED_BYTES) -> tuple[int, int]:
+    """Steps that a warp takes at once, and stages of the ring in shared memory."""
+    shared = split.slices * split.sharers
+    step = split.slices * (split.group * _TILE_BYTES[format] + columns * 1024)
+    parts = -(-split.group // split.sharers) * columns * shared * 512 if shared > 1 else 0
+    limit -= parts + columns * 1056 + 400  # the norms' partial sums lie beside it
+    depth = 2 if split.own_steps >= _DEEP_STEPS * split.slices and limit // (2 * step) >= _DEEP_STAGES else 1
+    return depth, min(_MAX_STAGES, limit // (depth * step))
 
 
 class PackedLinear:
@@ -96,7 +144,6 @@ class PackedLinear:
         self,
         weight: torch.Tensor,
         format: str,
-        workspace: Workspace,
         *,
         kind: str = "natural",
         head_dim: int = 0,
@@ -105,19 +152,16 @@ class PackedLinear:
         tuning: Tuning | None = None,
     ) -> None:
         """weight: on the device where it shall stay. Raises ModelError when the shape does not fit."""
-        self._kind, self._head_dim, self._tuning, self._workspace = kind, head_dim, tuning or Tuning(), workspace
+        self._kind, self._head_dim, self._tuning = kind, head_dim, tuning or Tuning()
         order = row_order(kind, weight.shape[0], head_dim)
         if blocks is not None:
             index = order.numpy()
             blocks = QuantBlocks(blocks.quants[index], blocks.scales[index], blocks.offsets[index], blocks.bits)
         on_device = order.to(weight.device)
-        self.packed: Packed = pack(weight[on_device] if kind != "natural" else weight, format, blocks)
-        self.tiles = -(-self.packed.rows // TILE)
+        self.tiles = -(-weight.shape[0] // TILE)
+        self.split = split(self.tiles, -(-weight.shape[1] // STEP), format, _processors(weight.device))
+        self.packed: Packed = pack(weight[on_device] if kind != "natural" else weight, format, blocks, self.split.group)
         self.bias = None if bias is None else F.pad(bias.float()[on_device], (0, self.packed.padded_rows - len(bias)))
-        steps = -(-self.tiles // GROUP_TILES[format]) * (self.packed.inputs // STEP)
-        self._blocks = max(1, min(workspace.blocks, steps // _LEAST_STEPS))
-        coarse = self.packed.inputs // STEP % 2 == 0 and steps >= 2 * _FINE_UNITS * self._blocks
-        self._steps = 2 if coarse else 1
         self._reference: torch.Tensor | None = None
         """The unpacked matrix, where there are no kernels."""
 
@@ -143,11 +187,11 @@ class PackedLinear:
         x: column tiles (`packing.column_tiles`). overlap: the kernel before this one may still run (not one that made what the
         kernels after it read without waiting). more: the other members of `Args` by name; tensors are given as such.
         """
-        packed, columns = self.packed, -(-rows // 8)
+        packed, split, columns = self.packed, self.split, -(-rows // 8)
+        count = threads(split, epilogue, columns)
         limit = _SHARED_BYTES - (_SPARE_BYTES if epilogue == "qkv" else 0)
-        stages, shared_bytes = ring(packed.format, columns, self._steps, limit)
-        if self._steps == 2:
-            stages = min(stages, self._tuning.stages[FORMATS[packed.format]])
+        depth, stages = ring(packed.format, columns, split, limit)
+        groups = packed.padded_rows // (split.group * TILE)
         values: dict[str, Any] = {
             "weights": packed.words,
             "row_scales": packed.row_scales,
@@ -156,17 +200,19 @@ class PackedLinear:
             "out": out,
             "k_steps": packed.inputs // STEP,
             "tiles": self.tiles,
+            "groups": groups,
+            "rounds": split.rounds,
             "rows": rows,
-            "parts": self._workspace.parts,
             "stages": stages,
             "exponent": 0x41804180 if packed.format == "int4" else 0x43004300,
             **more,
         }
         pointers = {k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in values.items() if v is not None}
-        kernel = _skinny(packed.format, epilogue, columns, self._steps)
+        kernel = _skinny(packed.format, epilogue, columns, split, depth)
+        grid = (-(-groups // split.rounds) * split.sharers, 1)
         overlap = overlap and self._tuning.overlap
-        threads = 32 * (GROUP_TILES[packed.format] + 2 + (4 if packed.format == "bf16" else 2))
-        kernel.launch((self._blocks, 1), threads, [_Arguments(**pointers)], shared_bytes=shared_bytes, overlap=overlap)
+        arguments = [_Arguments(**pointers)]
+        kernel.launch(grid, count, arguments, shared_bytes=limit, overlap=overlap, cluster=split.sharers)
 
     def dense(self, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
         """weight @ x[n] * norm[n] + bias, float32 [T, rows] in the matrix's own row order, through the library's product.
@@ -190,5 +236,5 @@ class PackedLinear:
         tensors = (packed.words, packed.row_scales, out)
         arguments: list[Any] = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
         grid = (-(-steps // 8), packed.padded_rows // TILE)
-        _unpacker(packed.format).launch(grid, 256, [*arguments, ctypes.c_int(steps)])
+        _unpacker(packed.format, self.split).launch(grid, 256, [*arguments, ctypes.c_int(steps)])
         return out[: packed.rows]

@@ -18,8 +18,8 @@ from paceline.models.base import QuantBlocks
 
 FORMATS = {"bf16": 0, "int8": 1, "fp8": 2, "int4": 3}
 TILE, STEP, GROUP = 16, 64, 32
-GROUP_TILES = {"bf16": 8, "int8": 16, "fp8": 16, "int4": 16}
-"""Tiles of a group: bytes decide, so that a step is worth its synchronisation."""
+GROUP_TILES = 8
+"""Tiles of a group where nobody asks for another number."""
 _BYTE_ORDER = (0, 2, 1, 3)
 """int8 and fp8: inputs in the bytes of a word; the even and the odd bytes are unpacked together."""
 _FP8_MAX = 448.0
@@ -32,6 +32,7 @@ class Packed:
     format: str
     rows: int
     inputs: int
+    group_tiles: int
     words: torch.Tensor
     """uint8, as `skinny.cu` reads it; int4: a step's words, then bfloat16 [tiles, 8, half, row of the pair, (scale, offset)]."""
     row_scales: torch.Tensor | None = None
@@ -40,16 +41,16 @@ class Packed:
     @property
     def padded_rows(self) -> int:
         """Rows with those that fill up the last group."""
-        return padded_rows(self.rows, self.format)
+        return padded_rows(self.rows, self.group_tiles)
 
     @property
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.words, self.row_scales) if t is not None)
 
 
-def padded_rows(rows: int, format: str) -> int:
+def padded_rows(rows: int, group_tiles: int) -> int:
     """Rows of whole groups."""
-    group = GROUP_TILES[format] * TILE
+    group = group_tiles * TILE
     return -(-rows // group) * group
 
 
@@ -87,7 +88,7 @@ def from_column_tiles(x: torch.Tensor) -> torch.Tensor:
     return x.view(-1, 8, 2, 8, 4, 8).permute(1, 3, 0, 2, 4, 5).reshape(x.shape)
 
 
-def pack(weight: torch.Tensor, format: str, blocks: QuantBlocks | None = None) -> Packed:
+def pack(weight: torch.Tensor, format: str, blocks: QuantBlocks | None = None, group_tiles: int = GROUP_TILES) -> Packed:
     """Pack a matrix [rows, inputs] whose rows are already in packed order; rows are filled up to whole groups with zeros.
 
     blocks: the file's own 4-bit blocks of the same rows, used for int4 instead of rounding anew (scales become bfloat16).
@@ -96,22 +97,22 @@ def pack(weight: torch.Tensor, format: str, blocks: QuantBlocks | None = None) -
     rows, inputs = weight.shape
     if inputs % STEP:
         raise ModelError(f"inputs = {inputs}: the packed formats need a multiple of {STEP}")
-    missing = padded_rows(rows, format) - rows
+    missing = padded_rows(rows, group_tiles) - rows
     if format == "int4":
-        return _pack_int4(weight, missing, blocks)
+        return _pack_int4(weight, missing, group_tiles, blocks)
     weight = F.pad(weight, (0, 0, 0, missing))
     if format == "bf16":
-        lanes = _lanes(weight.to(torch.bfloat16), format).permute(0, 4, 1, 5, 2, 3, 6, 7)  # [.., half, pair, g, t, 8]
-        return Packed(format, rows, inputs, lanes.contiguous().view(torch.uint8))
+        lanes = _lanes(weight.to(torch.bfloat16), group_tiles).permute(0, 4, 1, 5, 2, 3, 6, 7)  # [.., half, pair, g, t, 8]
+        return Packed(format, rows, inputs, group_tiles, lanes.contiguous().view(torch.uint8))
     quants, scales = _rounded_int8(weight) if format == "int8" else _rounded_fp8(weight)
-    lanes = _lanes(quants, format).permute(0, 4, 1, 5, 3, 6, 2, 7)  # [group, step, tile, half, g, t, pair, 8]
+    lanes = _lanes(quants, group_tiles).permute(0, 4, 1, 5, 3, 6, 2, 7)  # [group, step, tile, half, g, t, pair, 8]
     lanes = lanes.view(*lanes.shape[:-1], 2, 4)[..., list(_BYTE_ORDER)]
-    return Packed(format, rows, inputs, lanes.contiguous().view(torch.uint8), row_scales=scales)
+    return Packed(format, rows, inputs, group_tiles, lanes.contiguous().view(torch.uint8), row_scales=scales)
 
 
 def unpack(packed: Packed) -> torch.Tensor:
     """The matrix that the packed words stand for, float32 [rows, inputs]: the reference of the `unpack` kernel."""
-    tiles, steps = GROUP_TILES[packed.format], packed.inputs // STEP
+    tiles, steps = packed.group_tiles, packed.inputs // STEP
     groups = packed.padded_rows // (tiles * TILE)
     if packed.format == "bf16":
         lanes = packed.words.view(torch.bfloat16).view(groups, steps, tiles, 2, 2, 8, 4, 8).permute(0, 2, 4, 5, 1, 3, 6, 7).float()
@@ -126,9 +127,9 @@ def unpack(packed: Packed) -> torch.Tensor:
     return lanes.reshape(packed.padded_rows, packed.inputs)[: packed.rows]
 
 
-def _lanes(matrix: torch.Tensor, format: str) -> torch.Tensor:
+def _lanes(matrix: torch.Tensor, group_tiles: int) -> torch.Tensor:
     """[rows, inputs] as [group, tile, pair, g, step, half, t, 8]."""
-    return matrix.view(-1, GROUP_TILES[format], 2, 8, matrix.shape[1] // STEP, 2, 4, 8)
+    return matrix.view(-1, group_tiles, 2, 8, matrix.shape[1] // STEP, 2, 4, 8)
 
 
 def _rounded_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,7 +144,7 @@ def _rounded_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (weight.float() / scales[:, None]).to(torch.float8_e4m3fn).view(torch.uint8), scales
 
 
-def _pack_int4(weight: torch.Tensor, missing: int, blocks: QuantBlocks | None) -> Packed:
+def _pack_int4(weight: torch.Tensor, missing: int, group_tiles: int, blocks: QuantBlocks | None) -> Packed:
     """Groups of 32 inputs, w = scale * (16 + q) + offset with q in 0..15 and both in bfloat16."""
     rows, inputs = weight.shape
     if blocks is not None and blocks.bits == 4:
@@ -158,15 +159,15 @@ def _pack_int4(weight: torch.Tensor, missing: int, blocks: QuantBlocks | None) -
         steps = (groups - offsets.float()[..., None]) / scales.float()[..., None] - 16
         quants = steps.round().clamp(0, 15).to(torch.uint8).view(rows, inputs)
     quants, scales, offsets = (F.pad(t, (0, 0, 0, missing)) for t in (quants, scales, offsets))
-    lanes = _lanes(quants, "int4").permute(0, 4, 1, 3, 6, 5, 2, 7)  # [group, step, tile, g, t, half, pair, 8]
+    lanes = _lanes(quants, group_tiles).permute(0, 4, 1, 3, 6, 5, 2, 7)  # [group, step, tile, g, t, half, pair, 8]
     word = torch.zeros(lanes.shape[:-1], dtype=torch.int64, device=weight.device)
     for i in range(8):  # inputs 2i and 2i + 1 at bits 4i + 3 and 4i + 19, beyond bit 31 from the start again
         word |= lanes[..., i].long() << _nibble_shift(i)
     word = (word | word >> 32) & 0xFFFFFFFF
     words = torch.stack([word >> 8 * i & 255 for i in range(4)], -1).to(torch.uint8)
-    pairs = torch.stack([scales, offsets], -1).view(-1, GROUP_TILES["int4"], 2, 8, inputs // STEP, 2, 2)
+    pairs = torch.stack([scales, offsets], -1).view(-1, group_tiles, 2, 8, inputs // STEP, 2, 2)
     scale_bytes = pairs.permute(0, 4, 1, 3, 5, 2, 6).contiguous().view(torch.uint8)
-    return Packed("int4", rows, inputs, torch.cat([words.flatten(2), scale_bytes.flatten(2)], dim=-1))
+    return Packed("int4", rows, inputs, group_tiles, torch.cat([words.flatten(2), scale_bytes.flatten(2)], dim=-1))
 
 
 def _nibble_shift(index: int) -> int:
@@ -174,7 +175,7 @@ def _nibble_shift(index: int) -> int:
 
 
 def _unpack_int4(packed: Packed, groups: int, steps: int) -> torch.Tensor:
-    tiles = GROUP_TILES["int4"]
+    tiles = packed.group_tiles
     parts = torch.tensor_split(packed.words.view(groups, steps, -1), [tiles * 512], dim=-1)
     values = parts[0].contiguous().view(torch.int32).view(groups, steps, tiles, 8, 4, 2, 2).long() & 0xFFFFFFFF
     values = values | values << 32
