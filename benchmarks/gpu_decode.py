@@ -485,7 +485,7 @@ def main() -> None:
             document["kernels"] = kernels(arguments.contexts)
             save()
         if "linears" in parts:
-            document["linears_us"] = linears((1, 8, 16, 32, 64))
+            document["linears_us"] = linears((1, 8, 32))
     if "text" in parts:
         document["text"] = {}
         text(arguments, document["text"], save)

@@ -201,6 +201,14 @@ def test_another_models_weights_leave_before_a_forward_fails(monkeypatch: pytest
         target.forward([Segment(sequence, [3])])
 
 
+def test_a_draft_does_not_drive_its_target_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, draft = (CudaRunner(ToySource("cuda_qwen2"), p, device="cpu", memory_bytes=4 << 30) for p in ("bf16", "int4"))
+    monkeypatch.setattr(memory, "_holders", {target, draft})
+    assert memory.make_room(draft) == 0
+    assert not target.is_offloaded
+    assert memory.make_room(target) == draft.budget.weights
+
+
 def test_what_runners_hold_is_counted_for_a_common_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_holders", set())
     first, second = (CudaRunner(ToySource("cuda_llama"), p, device="cpu", memory_bytes=4 << 30) for p in ("bf16", "int8"))

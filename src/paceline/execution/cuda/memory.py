@@ -86,6 +86,10 @@ def held(device: str) -> int:
 
 
 def make_room(asking: Holder) -> int:
-    """Offload the weights of the smallest other runner of the same device, most probably a draft. Returns the bytes, 0 for none."""
-    others = [h for h in _holders if h is not asking and h.device == asking.device and not h.is_offloaded]
-    return int(min(others, key=lambda h: h.budget.weights).offload()) if others else 0
+    """Offload the weights of the smallest runner of the same device that is smaller than the asking one, most probably a draft.
+
+    A draft never drives its target out: it is left out of the request instead. Returns the bytes, 0 for none.
+    """
+    near = [h for h in _holders if h is not asking and h.device == asking.device and not h.is_offloaded]
+    smaller = [h for h in near if h.budget.weights < asking.budget.weights]
+    return int(min(smaller, key=lambda h: h.budget.weights).offload()) if smaller else 0
