@@ -68,7 +68,7 @@ def batches(engine: Engine, prompts: list[list[int]], max_tokens: int) -> dict[s
     found: dict[str, Any] = {}
     for temperature in TEMPERATURES:
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=1)
-        alone = [tokens_of([one])[0] for one in (engine.generate(ids, params, plain=True) for ids in prompts)]  # type: ignore[list-item]
+        alone = [tokens_of([one])[0] for one in (engine.generate(ids, params, plain=True) for ids in prompts)]
         for size in BATCHES:
             plain, plain_texts = decoded(engine, prompts[:size], params, plain=True)
             drafted, drafted_texts = decoded(engine, prompts[:size], params, plain=False)
@@ -90,7 +90,7 @@ def short_memory(engine: Engine, prompt: list[int], max_tokens: int) -> list[dic
     draft = drafter.runner
     assert isinstance(draft, CudaRunner)
     params = SamplingParams(max_tokens=max_tokens)
-    found, want = [], tokens_of([engine.generate(prompt, params)])  # type: ignore[list-item]
+    found, want = [], tokens_of([engine.generate(prompt, params)])
     for spare in (*SPARE_MIB, None):
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0]
