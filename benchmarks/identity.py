@@ -131,11 +131,13 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--limit", type=int, default=2, help="shortest prompts of each category for the second part")
     parser.add_argument("--count", type=int, default=24, help="most prompts for the second part")
+    parser.add_argument("--short-tokens", type=int, default=32, help="tokens of an answer in the second part")
+    parser.add_argument("--skip-first", action="store_true", help="leave the first part out")
     parser.add_argument("--drafts", default="ngram")
     parser.add_argument("--precisions", default="auto,fp32")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    params = SamplingParams(max_tokens=options.max_tokens)
+    params, short = SamplingParams(max_tokens=options.max_tokens), SamplingParams(max_tokens=options.short_tokens)
     results: list[dict[str, Any]] = []
     differences: list[Difference] = []
 
@@ -149,10 +151,10 @@ def main() -> None:
 
     for number, precision in enumerate(options.precisions.split(",")):
         target = load_target(options.model, RunnerConfig(precision=precision))
-        if number == 0:
+        if number == 0 and not options.skip_first:
             keep(*defaults_on_all(target, options.prompts, params))
         drafts = options.drafts.split(",")
-        for part, found in every_drafter(target, options.prompts, drafts, options.limit, options.count, params):
+        for part, found in every_drafter(target, options.prompts, drafts, options.limit, options.count, short):
             keep(part, found)
     print(f"{len(differences)} differences; see {options.json}")
 
