@@ -14,7 +14,7 @@ from typing import Any
 
 from paceline.control.acceptance import AcceptanceModel, observed_labels, signal_bucket
 from paceline.control.arbiter import Arbiter
-from paceline.control.bank import HICCUP, TimeBank
+from paceline.control.bank import TimeBank
 from paceline.control.base import Controller, RoundContext
 from paceline.control.confidence import Calibrated
 from paceline.control.pricing import LearnedCosts, best_net, best_ratio, node_rates, round_seconds, rows_bucket, worth_another
@@ -32,11 +32,15 @@ _READING = 24.0
 _RESTING = Plan(None, 0, "plain: drafting did not pay a moment ago")
 _CLEARLY_NOT, _REST = 0.97, 8
 """Speed under which an offer is clearly not worth it, and tokens for which it is then not priced again."""
-_SAVED = 1.0
-"""Plain steps that an empty bank must hold again before drafts are looked for; looking takes more than it earns meanwhile."""
+_SAVED, _MOST_SAVED = 1.0, 4.0
+"""Plain steps that an empty bank must hold again before drafts are looked for (looking takes more than it earns meanwhile), and the
+most that it saves for a draft that it had to refuse."""
+_SUSPECT = 1.5
+"""A round that took this many times what was expected may have been interrupted by the machine."""
 _LEAST_ROW = 0.002
 """Least that one more row of a forward costs, in plain steps."""
 _CALIBRATED = 64
+_LESSON = 4
 _TRIAL = 32
 _DOUBLE_PROOF = 0.1
 
@@ -47,7 +51,7 @@ class PacerOptions:
 
     eps: float = 0.01
     """Share of plain time that speculation may lose in the long run (0 to 1)."""
-    start: float = 3.0
+    start: float = 8.0
     """What it may lose at once, in plain steps (0 to 1000)."""
     cap: float = 200.0
     """Most that is kept of earlier gains, in plain steps (0 to 1e6)."""
@@ -120,12 +124,12 @@ class Pacer(Controller):
         """Drafters that were lent the time to read a prompt."""
         self._widths: dict[str, float] = {}
         """Nodes a level of drafters that propose trees."""
-        self._tokens = 0
-        self._saving = False
-        """The bank was empty, and has not yet saved enough to look for drafts again."""
+        self._tokens = self._plain_rounds = 0
+        self._saving_for = 0.0
+        """Seconds that the bank must hold before drafts are looked for again; 0: it was neither empty nor too poor for a draft."""
 
     def plan_unseen(self, task: str, batch_size: int) -> Plan | None:
-        if self._saving:
+        if self._saving_for > 0.0:
             return _SAVING
         lane = self._lanes.get((task, rows_bucket(batch_size)))
         return _FORBIDDEN if lane is not None and lane.arbiter.forbids else None
@@ -195,17 +199,25 @@ class Pacer(Controller):
             seconds = max(seconds - batch * looking, record.verify_seconds)
             self._bank.settle_plain(plain, steps, looking)
             lane.purse.settle_plain(plain, steps)
-        enough = min(_SAVED, self.options.cap) * plain if self._saving else 0.0
-        self._saving = self._bank.slack < enough or self._bank.slack <= 0.0
+        if self._bank.slack <= 0.0:
+            self._saving_for = max(self._saving_for, min(_SAVED, self.options.cap) * plain)
+        elif self._bank.slack >= self._saving_for:
+            self._saving_for = 0.0
         if record.drafter is not None:
             self._learn_acceptance(record, seconds)
         if not record.warmup:
             lag = running.offer.outlook.catch_up if running is not None else 0
-            self._learn_costs(record, rows, seconds, lag if speculative else -1)
+            if speculative or self._takes_lesson(batch):
+                self._learn_costs(record, rows, seconds, lag if speculative else -1)
             lane.arbiter.observe(plain / batch, record.num_emitted, seconds / batch, speculative)
             if speculative and batch > 1 and seconds > 0.0:
                 speed = (record.batch_emitted or record.num_emitted * batch) * plain / (batch * seconds)
                 lane.speed += 0.05 / batch * (min(speed, 2.0 * lane.speed) - lane.speed)
+
+    def _takes_lesson(self, batch: int) -> bool:
+        """A plain step whose price is known is a lesson every fourth time only: it takes longer than what it tells is worth."""
+        self._plain_rounds += 1
+        return batch > 1 or self._plain_rounds % _LESSON == 0 or not self._costs.knows_plain(batch)
 
     def finish(self, request_id: int) -> None:
         self._acceptance.forget(request_id)
@@ -340,17 +352,19 @@ class Pacer(Controller):
             worst = max(margin * offer.seconds[k], table[k] + line.worst(k) + rest.worst(k)) + catch_up
             if self._bank.grant(max(0.0, worst - free)):
                 return k
+        if (goal := worst - free + 0.25 * plain) <= min(_MOST_SAVED, self.options.cap) * plain:
+            self._saving_for = goal
         return 0
 
     def _ceiling(self, record: StepRecord, rows: int) -> float:
-        """Seconds beyond which a speculative round was interrupted rather than dear."""
-        if record.round_seconds <= HICCUP * record.expected_seconds:
+        """Seconds beyond which a speculative round was interrupted rather than dear: the worst that its plan was granted."""
+        if record.round_seconds <= _SUSPECT * record.expected_seconds:
             return inf  # the usual case, without a look at the worst one
         worst = max(self._costs.measured(rows, 0, record.context_length)[0], record.expected_seconds)
         worst += record.batch_size * self._costs.rest.worst(record.num_drafted)
         if record.drafter is not None:
             worst += record.batch_size * self._costs.line(record.drafter).worst(record.num_drafted)
-        return HICCUP * worst if worst > 0.0 else inf
+        return max(1.0 + 2.0 * self._costs.deviation, _SUSPECT) * worst if worst > 0.0 else inf
 
     def _learn_acceptance(self, record: StepRecord, seconds: float) -> None:
         assert record.drafter is not None  # the caller asked

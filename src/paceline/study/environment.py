@@ -58,12 +58,15 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Commit of the checkout that this package runs from, `-dirty` appended when files differ; None outside a checkout."""
+    """Commit of the checkout that this package runs from, `-dirty` appended when code differs; None outside a checkout."""
     folder = Path(__file__).parent
     try:
         head, changes = (
             subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-            for arguments in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for arguments in (
+                ["rev-parse", "--short=12", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no", "--", ":/*.py", ":/*.c", ":/*.h", ":/*.cu"],
+            )
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -49,7 +49,7 @@ class Run:
     seconds: float = 0.0
     tokens: int = 0
     least_slack: float = float("inf")
-    """(1 + eps) * plain time of all tokens + 3 plain steps - time, at its lowest; seconds."""
+    """(1 + eps) * plain time of all tokens + 8 plain steps - time, at its lowest; seconds."""
     probes: int = 0
 
     @property
@@ -83,7 +83,7 @@ def simulate(
         run.seconds += seconds
         run.tokens += accepted + 1
         run.probes += plan.probe
-        run.least_slack = min(run.least_slack, 1.01 * plain * run.tokens + 3 * plain - run.seconds)
+        run.least_slack = min(run.least_slack, 1.01 * plain * run.tokens + 8 * plain - run.seconds)
         times = {"draft_seconds": draft, "verify_seconds": verify, "round_seconds": seconds}
         controller.observe(record(plan, accepted, **times))
     return run
