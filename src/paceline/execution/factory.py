@@ -167,13 +167,21 @@ def _choose_precision(source: ModelSource, backend: _Backend, device: str) -> tu
         return "fp32", "auto: nothing to choose from"
     key = {**machine_key(device), "model": source.fingerprint, "backend": backend.name, "possible": possible}
 
+    allowed = [p for p in (*(kept_formats(source) if backend.keeps_blocks else ()), "bf16", "fp32") if p in possible]
+
     def measure() -> dict[str, float]:
         if not backend.runs_parts:
             return {p: _linear_seconds(dtype) for p, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}
-        allowed = (*(kept_formats(source) if backend.keeps_blocks else ()), "bf16", "fp32")
-        return {p: _step_seconds(partial(backend.build, FirstLayers(source), p)) for p in allowed if p in possible}
+        return {p: _step_seconds(partial(backend.build, FirstLayers(source), p)) for p in allowed}
 
-    seconds, _ = recall("precisions", key, _parse_seconds, measure, dict)
+    def unmeasured() -> dict[str, float]:
+        return {}
+
+    # On a busy machine each start would measure something else, and another format writes another text.
+    fallback = unmeasured if backend.runs_parts else None
+    seconds, _ = recall("precisions", key, _parse_seconds, measure, dict, fallback)
+    if not seconds:
+        return smallest(allowed), "auto: the smallest format; the machine is too busy to measure"
     best = min(seconds, key=lambda p: seconds[p] * (1.0 if p == smallest(seconds) else _CLEARLY))
     shown = ", ".join(f"{p} {1e3 * s:.2f} ms" for p, s in sorted(seconds.items(), key=lambda item: item[1]))
     return best, f"auto: fastest plain step measured on a part of the model ({shown})"

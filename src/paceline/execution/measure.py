@@ -170,11 +170,13 @@ def recall(
     parse: Callable[[Any], T],
     make: Callable[[], T],
     dump: Callable[[T], Any],
+    when_busy: Callable[[], T] | None = None,
 ) -> tuple[T, str | None]:
     """The value stored under a key in the cache folder's `kind`, or a newly made one, which is then stored.
 
-    parse: raises KeyError, TypeError or ValueError on a damaged document. What other processes disturbed is not stored. Returns
-    the value and a note on the cache, if any.
+    parse: raises KeyError, TypeError or ValueError on a damaged document. What other processes disturbed is not stored; when_busy:
+    what is taken instead of such a value, for what must not differ from one start to the next. Returns the value and a note on
+    the cache, if any.
     """
     path = _path(kind, key)
     document = read_json(path)
@@ -182,15 +184,20 @@ def recall(
         with suppress(KeyError, TypeError, ValueError, AttributeError):
             return parse(document["value"]), None
     note = f"{path.name} in the cache folder was damaged; measured again" if path.exists() else None
+    if when_busy is not None and _is_busy():
+        return when_busy(), f"{kind} are not measured: the machine is busy"
     value = make()
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load > (os.cpu_count() or 1) + 1:
-        return value, f"{kind} were measured on a busy machine (load {load:.1f}) and are not kept"
+    if _is_busy():
+        return value, f"{kind} were measured on a busy machine (load {os.getloadavg()[0]:.1f}) and are not kept"
     try:
         write_json_atomic(path, {"key": key, "value": dump(value)})
     except CacheError as error:
         note = f"measured {kind} are not kept: {error}"
     return value, note
+
+
+def _is_busy() -> bool:
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) + 1
 
 
 def _path(kind: str, key: dict[str, Any]) -> Path:
