@@ -43,7 +43,10 @@ class Controller(ABC):
         """Decide the coming round of one sequence. Must return 0 <= num_draft <= min(max_draft, available)."""
 
     def plan_unseen(self, task: str, batch_size: int) -> Plan | None:
-        """The coming round, if it will be plain whatever there is to draft: drafters are not even asked then. None: look first."""
+        """The coming round, if it will be plain whatever there is to draft: drafters need not be asked then. None: look first.
+
+        A shortcut for the caller; `plan` decides the same where it was not asked.
+        """
         return None
 
     def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:

@@ -138,6 +138,8 @@ class Pacer(Controller):
         able = [o for o in context.outlooks if o.available > 0] if context.max_draft > 0 else []
         if not able:
             return _NOTHING
+        if (unseen := self.plan_unseen(context.task, context.batch_size)) is not None:
+            return unseen
         # Deciding has a price, too: what clearly did not pay is left alone for some tokens.
         known = self._lanes.get((context.task, rows_bucket(context.batch_size)))
         if known is not None:

@@ -147,7 +147,7 @@ class Level:
         """Let the controller decide, and the lower drafter propose."""
         view = self.view
         limit = min(most, self._max_draft, self._runner.info.max_context - made.context_length)
-        if limit < 1:
+        if limit < 1 or self._controller.plan_unseen("", 1) is not None:
             return
         started = perf_counter()
         if self._session is None:

@@ -311,6 +311,7 @@ def test_an_empty_bank_looks_for_nothing_until_it_has_saved_a_plain_step() -> No
     waited = 0
     while (blind := controller.plan_unseen("", 1)) is not None:
         assert blind.num_draft == 0
+        assert controller.plan(context(DRAFT)) == blind  # a caller that looks all the same is told the same
         controller.observe(record(blind, 0, verify_seconds=20 * MS, round_seconds=20 * MS))
         waited += 1
     assert 100 <= waited <= 160
