@@ -1,6 +1,8 @@
 /* Attention of a few new rows over a sequence's cache: committed slots, then the row's own ancestors, then the row itself.
  *
- * A row visits its keys in position order whether they lie in a chain or on a branch of a tree, so both give the same bits.
+ * A row visits its keys in position order whether they lie in a chain or on a branch of a tree, and always in chunks of CHUNK
+ * slots that are joined in order: so it has the same bits in a chain, in a tree and in any batch, and chunks can be shared out.
+ * Queries that share a kv head go together, so that a key or value is read and converted once for up to QUERIES of them.
  *
  * Cache layout of one (layer, kv head): keys [capacity/16][D][16] (a lane is a position), values [capacity][D];
  * f16, or f32 when the model runs in fp32. A slot plus the segment's shift is its position; a sequence that keeps only some rows
@@ -12,6 +14,11 @@
 
 /* Sums stay in registers only if every loop over them is unrolled. */
 #define UNROLL _Pragma("GCC unroll 16")
+#define CHUNK 128
+#define QUERIES 12
+#define MAX_TREE 64
+#define TAIL (MAX_TREE + 32)                         /* scores of a tree's rows, from a multiple of 16 */
+#define ATTENTION_SCRATCH (QUERIES * (CHUNK + TAIL)) /* floats, and one partial result */
 
 typedef struct {
   uint8_t *keys, *values; /* [layers][kv heads] regions as above */
@@ -22,15 +29,47 @@ typedef struct {
   int32_t shift;   /* position - slot */
 } Segment;
 
+typedef struct {
+  int dim, window, kv_f32;
+  float scale;
+  const uint64_t *ancestors; /* per row of the batch: bit i = row i of its segment is an ancestor or itself */
+  const int32_t *positions;
+} AttentionSpec;
+
+/* What a row sees, in slots of its own path: a tree's row i of depth n sees the same numbers as row n of a chain. */
+typedef struct {
+  int start, end;
+} Span;
+
+/* Queries of one kv head, not decreasing by row. Beyond `count` they repeat the first, up to a width that has a kernel. */
+typedef struct {
+  int count, width;
+  const float *q[QUERIES];
+  float *out[QUERIES]; /* partial results: top splat[16], total[16], sum[D] */
+  int row_of[QUERIES]; /* in the segment */
+} Queries;
+
+INLINE int partial_size(int dim) { return 32 + dim; }
+
+INLINE Span span_of(const Segment *s, const AttentionSpec *a, int row) {
+  Span span = {0, s->base + row + 1};
+  if (s->is_tree) span.end = s->base + __builtin_popcountll(a->ancestors[s->first_row + row]);
+  int first = a->positions[s->first_row + row] - s->shift - a->window + 1;
+  if (a->window && first > 0) span.start = first < span.end ? first : span.end - 1;
+  return span;
+}
+
 INLINE v16 load_kv(const uint8_t *p, size_t i, const int f32) {
   return f32 ? load16((const float *)p + i) : load_f16((const uint16_t *)p + i);
 }
 
+/* Values are made finite: a later row's value counts zero times in an earlier row, which must be zero. */
 static void write_kv(Segment *s, size_t region, int dim, int slot, const float *key, const float *value, int f32) {
   size_t at = region * (size_t)s->capacity * dim;
   size_t k0 = at + (size_t)(slot / 16) * dim * 16 + slot % 16, v0 = at + (size_t)slot * dim;
+  v16 limit = splat(f32 ? 3.402823466e38f : 65504.0f);
   for (int i = 0; i < dim; i += 16) {
-    v16 k = load16(key + i), v = load16(value + i);
+    v16 k = load16(key + i), v = vmin(vmax(load16(value + i), -limit), limit);
     if (f32) {
       for (int j = 0; j < 16; j++) ((float *)s->keys)[k0 + 16 * (size_t)(i + j)] = k[j];
       store16((float *)s->values + v0 + i, v);
@@ -43,147 +82,168 @@ static void write_kv(Segment *s, size_t region, int dim, int slot, const float *
   }
 }
 
-/* scores[r][16 b ..] for rows r and key blocks b .. b + blocks: each a sum over D in order. On the way it asks memory for the keys
- * of the next blocks and for the values of these: a long context does not fit the caches. */
-INLINE void score_blocks(const float *const *q, const uint8_t *keys, const uint8_t *values, size_t at, int dim, float scale, const int rows,
-                         const int blocks, int b, float *scores, int stride, const int f32) {
-  v16 acc[8];
+/* scores[r][16 j ..] of key blocks block .. block + blocks: each a sum over D in order. On the way it asks memory for the keys of
+ * the next blocks and for the values of these: a long context does not fit the caches. */
+INLINE void score_blocks(const Queries *b, const Segment *s, size_t at, const AttentionSpec *a, const int rows, const int blocks,
+                         int block, float *scores, int stride, const int f32) {
+  v16 acc[24];
   UNROLL for (int i = 0; i < rows * blocks; i++) acc[i] = splat(0);
-  size_t block0 = at + (size_t)b * dim * 16;
-  for (int d = 0; d < dim; d++)
+  size_t first = at + (size_t)block * a->dim * 16;
+  for (int d = 0; d < a->dim; d++)
     UNROLL for (int j = 0; j < blocks; j++) {
-      size_t element = block0 + ((size_t)j * dim + d) * 16;
-      v16 k = load_kv(keys, element, f32);
-      if (d % 2) __builtin_prefetch(values + (element << (1 + f32)), 0, 2);
-      else __builtin_prefetch(keys + ((element + (size_t)blocks * dim * 16) << (1 + f32)), 0, 2);
-      UNROLL for (int r = 0; r < rows; r++) acc[r * blocks + j] = FMA(k, splat(q[r][d]), acc[r * blocks + j]);
+      size_t element = first + ((size_t)j * a->dim + d) * 16;
+      v16 k = load_kv(s->keys, element, f32);
+      if (d % 2) __builtin_prefetch(s->values + (element << (1 + f32)), 0, 2);
+      else __builtin_prefetch(s->keys + ((element + (size_t)4 * a->dim * 16) << (1 + f32)), 0, 2);
+      UNROLL for (int r = 0; r < rows; r++) acc[r * blocks + j] = FMA(k, splat(b->q[r][d]), acc[r * blocks + j]);
     }
   UNROLL for (int r = 0; r < rows; r++)
-    UNROLL for (int j = 0; j < blocks; j++) store16(scores + (size_t)r * stride + 16 * (b + j), acc[r * blocks + j] * splat(scale));
+    UNROLL for (int j = 0; j < blocks; j++) store16(scores + (size_t)r * stride + 16 * j, acc[r * blocks + j] * splat(a->scale));
 }
 
-INLINE void score_rows(const float *const *q, const uint8_t *keys, const uint8_t *values, size_t at, int dim, float scale, const int rows,
-                       const int wide, int first, int last, float *scores, int stride, const int f32) {
-  int b = first;
-  for (; b + wide <= last; b += wide) score_blocks(q, keys, values, at, dim, scale, rows, wide, b, scores, stride, f32);
-  for (; b < last; b++) score_blocks(q, keys, values, at, dim, scale, rows, 1, b, scores, stride, f32);
+INLINE void score_rows(const Queries *b, const Segment *s, size_t at, const AttentionSpec *a, const int rows, int block, int last,
+                       float *scores, int stride, const int f32) {
+  const int wide = rows <= 6 ? 4 : 2;
+  for (; block + wide <= last; block += wide, scores += 16 * wide)
+    score_blocks(b, s, at, a, rows, wide, block, scores, stride, f32);
+  for (; block < last; block++, scores += 16) score_blocks(b, s, at, a, rows, 1, block, scores, stride, f32);
 }
 
-/* Softmax of n scores in place, unnormalised; returns the sum. Padded up to a multiple of 16. */
-static float softmax(float *s, int n) {
-  int padded = (n + 15) & ~15;
-  for (int i = n; i < padded; i++) s[i] = -1e30f;
+/* out[r] sum = weights[r][i] * value(from + i) over i in order. */
+INLINE void sum_columns(const Queries *b, const uint8_t *values, size_t at, int dim, const int rows, const int lanes, int column,
+                        int n, const float *weights, const int f32) {
+  v16 acc[24];
+  UNROLL for (int i = 0; i < rows * lanes; i++) acc[i] = splat(0);
+  for (int i = 0; i < n; i++) {
+    v16 v[4];
+    UNROLL for (int c = 0; c < lanes; c++) v[c] = load_kv(values, at + (size_t)i * dim + column + 16 * c, f32);
+    UNROLL for (int r = 0; r < rows; r++) {
+      v16 weight = splat(weights[r * CHUNK + i]);
+      UNROLL for (int c = 0; c < lanes; c++) acc[r * lanes + c] = FMA(v[c], weight, acc[r * lanes + c]);
+    }
+  }
+  UNROLL for (int r = 0; r < rows; r++)
+    UNROLL for (int c = 0; c < lanes; c++) store16(b->out[r] + 32 + column + 16 * c, acc[r * lanes + c]);
+}
+
+INLINE void sum_rows(const Queries *b, const uint8_t *values, size_t at, int dim, const int rows, int n, const float *weights,
+                     const int f32) {
+  const int lanes = rows <= 6 ? 4 : 2;
+  int column = 0;
+  for (; column + 16 * lanes <= dim; column += 16 * lanes) sum_columns(b, values, at, dim, rows, lanes, column, n, weights, f32);
+  for (; column < dim; column += 16) sum_columns(b, values, at, dim, rows, 1, column, n, weights, f32);
+}
+
+/* Numbers of queries are constants inside, so that sums stay in registers. */
+#define EACH_WIDTH(X) X(1) X(2) X(3) X(4) X(6) X(8) X(9) X(12)
+
+static void score(const Queries *b, const Segment *s, size_t at, const AttentionSpec *a, int block, int last, float *scores, int stride) {
+#define SCORE(N)                                                                    \
+  case N:                                                                           \
+    if (a->kv_f32) score_rows(b, s, at, a, N, block, last, scores, stride, 1);      \
+    else score_rows(b, s, at, a, N, block, last, scores, stride, 0);                \
+    break;
+  switch (b->width) { EACH_WIDTH(SCORE) }
+}
+
+static void sum_values(const Queries *b, const Segment *s, size_t at, const AttentionSpec *a, int n, const float *weights) {
+#define SUM(N)                                                               \
+  case N:                                                                    \
+    if (a->kv_f32) sum_rows(b, s->values, at, a->dim, N, n, weights, 1);     \
+    else sum_rows(b, s->values, at, a->dim, N, n, weights, 0);               \
+    break;
+  switch (b->width) { EACH_WIDTH(SUM) }
+}
+
+static void pad_queries(Queries *b, float *spare) {
+#define PAD(N) if (b->count <= N && !b->width) b->width = N;
+  b->width = 0;
+  EACH_WIDTH(PAD)
+  for (int i = b->count; i < b->width; i++) b->q[i] = b->q[0], b->out[i] = spare;
+}
+
+/* w[0 .. blocks) becomes exp(w - top), zero outside [from, to). Leaves top and the lanes of the total in out. */
+static void softmax(float *w, int blocks, int from, int to, float *out) {
+  const v16i lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   v16 top = splat(-1e30f), total = splat(0);
-  for (int i = 0; i < padded; i += 16) top = vmax(top, load16(s + i));
+  for (int i = 0; i < blocks; i++) {
+    v16i at = lane + splat_i(16 * i), seen = (at >= splat_i(from)) & (at < splat_i(to));
+    v16 x = (v16)(((v16i)load16(w + 16 * i) & seen) | ((v16i)splat(-1e30f) & ~seen));
+    store16(w + 16 * i, x);
+    top = vmax(top, x);
+  }
   v16 largest = splat(hmax(top));
-  for (int i = 0; i < padded; i += 16) {
-    v16 e = vexp(load16(s + i) - largest);
-    if (i + 16 > n)
-      for (int j = n - i; j < 16; j++) e[j] = 0;
-    store16(s + i, e);
+  for (int i = 0; i < blocks; i++) {
+    v16i at = lane + splat_i(16 * i), seen = (at >= splat_i(from)) & (at < splat_i(to));
+    v16 e = (v16)((v16i)vexp(load16(w + 16 * i) - largest) & seen);
+    store16(w + 16 * i, e);
     total = total + e;
   }
-  return hsum(total);
+  store16(out, largest);
+  store16(out + 16, total);
 }
 
-/* acc[r] += weights[r][i] * value(slot) over slots from..to, in order; weights are indexed from `shift[r]`. */
-INLINE void add_values(v16 acc[][4], const float *const *weights, const int *shift, const int rows, const uint8_t *values,
-                       size_t at, int dim, int column, const int lanes, int from, int to, const int f32) {
-  for (int slot = from; slot < to; slot++)
-    UNROLL for (int c = 0; c < lanes; c++) {
-      v16 v = load_kv(values, at + (size_t)slot * dim + column + 16 * c, f32);
-      UNROLL for (int r = 0; r < rows; r++) acc[r][c] = FMA(v, splat(weights[r][slot - shift[r]]), acc[r][c]);
-    }
+/* The rows of the segment that a tree's row sees, in order. */
+static int path_of(uint64_t ancestors, uint8_t *path) {
+  int n = 0;
+  for (; ancestors; ancestors &= ancestors - 1) path[n++] = (uint8_t)__builtin_ctzll(ancestors);
+  return n;
 }
 
-typedef struct {
-  int dim, window;
-  float scale;
-  const uint64_t *ancestors; /* per row of the batch: bit i = row i of its segment is an ancestor or itself */
-  const int32_t *positions;
-  float *mass; /* [regions][mass_stride]: attention that each slot gets, summed over queries; or NULL */
-  int32_t mass_stride;
-} AttentionSpec;
-
-/* Up to 4 queries that share a kv head: query r belongs to row row_of[r] of the segment (not decreasing). out[r]: [dim].
- * scratch: 4 x stride floats, stride >= capacity + 64. */
-INLINE void attend_block(const Segment *s, size_t region, const AttentionSpec *a, const float *const *q, float *const *out,
-                         const int *row_of, const int rows, const int lanes, const int f32, float *scratch, int stride) {
+/* The partial results of all queries over the chunk from slot `first`; of use where a query's span meets it.
+ * scratch: ATTENTION_SCRATCH + partial_size floats. */
+static void attend_chunk(const Segment *s, size_t region, const AttentionSpec *a, Queries *b, int first, float *scratch) {
+  float *tail = scratch + QUERIES * CHUNK;
   size_t at = region * (size_t)s->capacity * a->dim;
-  int start[4], prefix_end[4], count[4], shift[4];
-  const float *weights[4];
-  int lowest = 1 << 30, slots = s->base + row_of[rows - 1] + 1;
-  for (int r = 0; r < rows; r++) {
-    int position = a->positions[s->first_row + row_of[r]] - s->shift; /* in slots */
-    start[r] = a->window && position - a->window + 1 > 0 ? position - a->window + 1 : 0;
-    if (start[r] < lowest) lowest = start[r];
+  int low = first + CHUNK, high = first, end = 0; /* of all queries: slots in the chunk, end of the longest path */
+  Span span[QUERIES];
+  pad_queries(b, scratch + ATTENTION_SCRATCH);
+  for (int r = 0; r < b->count; r++) {
+    span[r] = span_of(s, a, b->row_of[r]);
+    if (span[r].start < low) low = span[r].start;
+    if (span[r].end > end) end = span[r].end;
   }
-  const int wide = rows == 1 ? 4 : 2;
-  score_rows(q, s->keys, s->values, at, a->dim, a->scale, rows, wide, lowest / 16, (slots + 15) / 16, scratch, stride, f32);
-
-  uint8_t branch[4][64]; /* rows of the segment that each tree row sees, in order */
-  float inverse[4];
-  int shared_from = 0, shared_to = 1 << 30;
-  for (int r = 0; r < rows; r++) {
-    float *scores = scratch + (size_t)r * stride;
-    int visible = 0;
-    prefix_end[r] = s->is_tree ? s->base : s->base + row_of[r] + 1;
-    if (start[r] > prefix_end[r]) start[r] = prefix_end[r];
-    if (s->is_tree) {
-      uint64_t bits = a->ancestors[s->first_row + row_of[r]];
-      for (int i = 0; i < s->num_rows && i < 64; i++)
-        if (bits >> i & 1) {
-          scores[s->base + visible] = scores[s->base + i];
-          branch[r][visible++] = (uint8_t)i;
-        }
-    }
-    count[r] = prefix_end[r] - start[r] + visible;
-    inverse[r] = 1.0f / softmax(scores + start[r], count[r]);
-    if (a->mass)
-      for (int i = start[r]; i < prefix_end[r]; i++) a->mass[region * (size_t)a->mass_stride + i] += scores[i] * inverse[r];
-    weights[r] = scores + start[r];
-    shift[r] = start[r];
-    if (start[r] > shared_from) shared_from = start[r];
-    if (prefix_end[r] < shared_to) shared_to = prefix_end[r];
-  }
-  if (shared_to < shared_from) shared_to = shared_from;
-  for (int column = 0; column < a->dim; column += 16 * lanes) {
-    v16 acc[4][4];
-    UNROLL for (int r = 0; r < rows; r++)
-      UNROLL for (int c = 0; c < lanes; c++) acc[r][c] = splat(0);
-    UNROLL for (int r = 0; r < rows; r++) {
-      int to = prefix_end[r] < shared_from ? prefix_end[r] : shared_from;
-      add_values(acc + r, weights + r, shift + r, 1, s->values, at, a->dim, column, lanes, start[r], to, f32);
-    }
-    add_values(acc, weights, shift, rows, s->values, at, a->dim, column, lanes, shared_from, shared_to, f32);
-    UNROLL for (int r = 0; r < rows; r++) {
-      if (prefix_end[r] > shared_to)
-        add_values(acc + r, weights + r, shift + r, 1, s->values, at, a->dim, column, lanes, shared_to, prefix_end[r], f32);
-      int seen = prefix_end[r] - start[r];
-      for (int i = seen; i < count[r]; i++) {
-        const float *weight = weights[r] + i;
-        int slot = s->base + branch[r][i - seen];
-        add_values(acc + r, &weight, &slot, 1, s->values, at, a->dim, column, lanes, slot, slot + 1, f32);
+  low = low < first ? first : low & ~15;
+  high = end < first + CHUNK ? end : first + CHUNK;
+  int common = s->is_tree && high > s->base ? s->base : high; /* up to here a slot of the path is a slot of the cache */
+  if (common > low) score(b, s, at, a, low / 16, (common + 15) / 16, scratch + low - first, CHUNK);
+  int branches = high > common;
+  uint8_t path[QUERIES][MAX_TREE];
+  if (branches) {
+    score(b, s, at, a, s->base / 16, (s->base + s->num_rows + 15) / 16, tail, TAIL);
+    for (int r = 0; r < b->count; r++) {
+      int n = path_of(a->ancestors[s->first_row + b->row_of[r]], path[r]);
+      for (int i = 0; i < n; i++) {
+        int slot = s->base + i - first;
+        if (slot >= 0 && slot < CHUNK) scratch[r * CHUNK + slot] = tail[r * TAIL + s->base % 16 + path[r][i]];
       }
-      UNROLL for (int c = 0; c < lanes; c++) store16(out[r] + column + 16 * c, acc[r][c] * splat(inverse[r]));
     }
   }
+  for (int r = 0; r < b->count; r++)
+    softmax(scratch + r * CHUNK + low - first, (high - low + 15) / 16, span[r].start - low, (span[r].end < high ? span[r].end : high) - low,
+            b->out[r]);
+  sum_values(b, s, at + (size_t)low * a->dim, a, common > low ? common - low : 0, scratch + low - first);
+  for (int r = 0; branches && r < b->count; r++)
+    for (int i = 0; i < span[r].end - s->base; i++) {
+      int slot = s->base + i - first;
+      if (slot < 0 || slot >= CHUNK || s->base + i < span[r].start) continue;
+      size_t value = at + (size_t)(s->base + path[r][i]) * a->dim;
+      for (int c = 0; c < a->dim; c += 16) {
+        float *sum = b->out[r] + 32 + c;
+        store16(sum, FMA(load_kv(s->values, value + c, a->kv_f32), splat(scratch[r * CHUNK + slot]), load16(sum)));
+      }
+    }
 }
 
-/* The same for 1 to 4 queries; widths are constants inside, so that sums stay in registers. */
-static void attend(const Segment *s, size_t region, const AttentionSpec *a, const float *const *q, float *const *out,
-                   const int *row_of, int rows, int f32, float *scratch, int stride) {
-#define ATTEND(ROWS, LANES, F32) attend_block(s, region, a, q, out, row_of, ROWS, LANES, F32, scratch, stride)
-#define ATTEND_ROWS(LANES, F32)                                                                                        \
-  do {                                                                                                                 \
-    if (rows == 4) ATTEND(4, LANES, F32);                                                                              \
-    else if (rows == 3) ATTEND(3, LANES, F32);                                                                         \
-    else if (rows == 2) ATTEND(2, LANES, F32);                                                                         \
-    else ATTEND(1, LANES, F32);                                                                                        \
-  } while (0)
-  if (a->dim % 64 == 0 && !f32) ATTEND_ROWS(4, 0);
-  else if (a->dim % 64 == 0) ATTEND_ROWS(4, 1);
-  else if (f32) ATTEND_ROWS(1, 1);
-  else ATTEND_ROWS(1, 0);
+/* Join the result of the next chunk to that of the chunks before it. */
+static void join(float *all, const float *next, int dim) {
+  v16 top = vmax(load16(all), load16(next)), old = vexp(load16(all) - top), new = vexp(load16(next) - top);
+  store16(all, top);
+  for (int i = 16; i < partial_size(dim); i += 16) store16(all + i, FMA(load16(next + i), new, load16(all + i) * old));
+}
+
+static void finish(const float *all, int dim, float *out) {
+  v16 inverse = splat(1.0f / hsum(load16(all + 16)));
+  for (int i = 0; i < dim; i += 16) store16(out + i, load16(all + 32 + i) * inverse);
 }
 #endif

@@ -12,7 +12,7 @@ ABI_VERSION = 5
 KERNELS = compiled.Sources(
     name="kernels",
     folder=Path(__file__).parent,
-    files=("kernel.c", "attention.h", "grades.h", "linear.h", "vec.h"),
+    files=("kernel.c", "heads.h", "layer.h", "model.h", "attention.h", "grades.h", "linear.h", "pool.h", "vec.h"),
     flags=("-O3", "-march=native", "-ffp-contract=off", "-Wno-psabi"),
     libraries=("-lm", "-lpthread"),
     abi=("paceline_abi", ABI_VERSION),

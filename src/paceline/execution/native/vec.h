@@ -105,11 +105,15 @@ INLINE uint16_t to_bf16(float x) {
 
 /* Lane sums in one fixed tree order. */
 INLINE float hsum(v16 x) {
+#if HAVE_AVX512
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   float s[16];
   memcpy(s, &x, 64);
   for (int step = 8; step; step /= 2)
     for (int i = 0; i < step; i++) s[i] += s[i + step];
   return s[0];
+#endif
 }
 
 /* exp(x) to about 2 ulp: range reduction by ln 2 and a degree-6 polynomial. */

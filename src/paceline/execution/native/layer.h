@@ -1,0 +1,140 @@
+/* Steps of a decoder layer, each over a worker's share of it. */
+#ifndef PACELINE_LAYER_H
+#define PACELINE_LAYER_H
+
+#include "model.h"
+
+static void rms_norm(const float *x, const float *weight, int n, float eps, float *out) {
+  v16 total = splat(0);
+  for (int i = 0; i < n; i += 16) total = FMA(load16(x + i), load16(x + i), total);
+  v16 factor = splat(1.0f / sqrtf(hsum(total) / (float)n + eps));
+  for (int i = 0; i < n; i += 16) store16(out + i, load16(x + i) * factor * load16(weight + i));
+}
+
+static void norm_rows(Worker *w, const float *weight) {
+  Engine *e = w->engine;
+  int hidden = e->model.hidden, from, to;
+  share(w, e->batch->rows, 1, &from, &to);
+  for (int row = from; row < to; row++) {
+    rms_norm(e->x + (size_t)row * hidden, weight, hidden, e->model.eps, w->scratch);
+    put_acts(&e->acts, e->model.act_kind, hidden, row, 0, w->scratch, hidden);
+  }
+}
+
+/* Ask for the start of this worker's share of the next matrix (in blocks of `block` tiles), before it waits for the others. */
+static void warm_up(const Worker *w, const Matrix *next, int block) {
+  int from, to;
+  share(w, (next->n + 15) / 16, block, &from, &to);
+  const uint8_t *p = next->data + tile_bytes(next->kind, next->k) * from;
+  for (int i = 0; i < AHEAD; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
+/* The precision of each row for a matrix of layer l. Every worker finds it for itself, with the same bits: no barrier is due. */
+static Choice choose(Worker *w, int l, int which, const Matrix *narrow, const Acts *acts) {
+  const Engine *e = w->engine;
+  const Batch *b = e->batch;
+  const Grades *grades = e->model.layer[l].grades;
+  if (!grades) return (Choice){narrow, NULL, NULL};
+  for (int row = 0; row < b->rows; row++) {
+    float error = rounding_error(grades->spread[which], acts, narrow->k / 32, row);
+    w->is_wide[row] = error > grades->threshold[which];
+    if (b->errors && w->id == 0) b->errors[((size_t)row * e->model.layers + l) * MATRICES + which] = error;
+  }
+  return (Choice){narrow, &grades->wide[which], w->is_wide};
+}
+
+/* out[row][feature] (+)= matrix times activations; out has `width` floats a row, of which the matrix writes the first n. */
+static void multiply(Worker *w, Choice choice, const Acts *acts, int rows, float *out, int width, int add) {
+  int n = choice.narrow->n, from, to;
+  share(w, (n + 15) / 16, 1, &from, &to);
+  for (int tile = from; tile < to; tile++)
+    for (int row = 0; row < rows; row += 8) {
+      v16 y[8];
+      int m = rows - row < 8 ? rows - row : 8, lanes = n - 16 * tile;
+      choice_rows(&choice, tile, acts, row, m, y);
+      for (int r = 0; r < m; r++) {
+        float *dst = out + (size_t)(row + r) * width + 16 * tile;
+        if (lanes < 16)
+          for (int i = 0; i < lanes; i++) dst[i] = (add ? dst[i] : 0.0f) + y[r][i];
+        else if (add) store16(dst, load16(dst) + y[r]);
+        else store16(dst, y[r]);
+      }
+    }
+}
+
+INLINE v16 activate(v16 gate, int gelu) {
+  if (!gelu) return gate / (splat(1.0f) + vexp(-gate));
+  v16 inner = splat(0.7978845608f) * (gate + splat(0.044715f) * gate * gate * gate);
+  v16 e = vexp(inner + inner); /* tanh(u) = 1 - 2 / (exp(2u) + 1) */
+  return gate * (splat(1.0f) - splat(1.0f) / (e + splat(1.0f)));
+}
+
+/* Gate and up lie in the matrix as tiles g0 g1 u0 u1 for each 32 features, so that one worker finishes a whole group. */
+static void gate_up(Worker *w, Choice choice) {
+  Engine *e = w->engine;
+  int features = e->model.intermediate, from, to, rows = e->batch->rows;
+  share(w, features / 32, 1, &from, &to);
+  for (int group = from; group < to; group++)
+    for (int row = 0; row < rows; row += 8) {
+      v16 y[4][8];
+      float middle[32];
+      int m = rows - row < 8 ? rows - row : 8;
+      for (int t = 0; t < 4; t++) choice_rows(&choice, 4 * group + t, &e->acts, row, m, y[t]);
+      for (int r = 0; r < m; r++) {
+        store16(middle, activate(y[0][r], e->model.gelu) * y[2][r]);
+        store16(middle + 16, activate(y[1][r], e->model.gelu) * y[3][r]);
+        put_acts(&e->inner, e->model.act_kind, features, row + r, 32 * group, middle, 32);
+      }
+    }
+}
+
+static void rotate(float *restrict low, float *restrict high, const float *restrict cosine, const float *restrict sine, int half) {
+  for (int i = 0; i < half; i++) {
+    float a = low[i], b = high[i];
+    low[i] = a * cosine[i] - b * sine[i];
+    high[i] = b * cosine[i] + a * sine[i];
+  }
+}
+
+static void rope_and_cache(Worker *w, int l) {
+  Engine *e = w->engine;
+  const Model *m = &e->model;
+  const Layer *layer = m->layer + l;
+  int dim = m->dim, heads = m->heads + 2 * m->kv_heads, from, to;
+  share(w, e->batch->rows * (m->heads + m->kv_heads), 1, &from, &to);
+  for (int item = from; item < to; item++) {
+    int row = item / (m->heads + m->kv_heads), head = item % (m->heads + m->kv_heads), is_key = head >= m->heads;
+    float *x = e->qkv + ((size_t)row * heads + head) * dim;
+    const float *norm = is_key ? layer->k_norm : layer->q_norm;
+    size_t table = ((size_t)layer->rope * m->max_rows + row) * (dim / 2);
+    if (layer->qkv_bias)
+      for (int i = 0; i < dim; i++) x[i] += layer->qkv_bias[head * dim + i];
+    if (norm) rms_norm(x, norm, dim, m->eps, x);
+    rotate(x, x + dim / 2, e->rope_cos + table, e->rope_sin + table, dim / 2);
+    if (!is_key) continue;
+    float *value = x + (size_t)m->kv_heads * dim;
+    if (layer->qkv_bias)
+      for (int i = 0; i < dim; i++) value[i] += layer->qkv_bias[(head + m->kv_heads) * dim + i];
+    Segment *s = e->batch->segment + segment_of(e->batch, row);
+    size_t region = (size_t)l * m->kv_heads + (head - m->heads);
+    write_kv(s, region, dim, s->base + row - s->first_row, x, value, m->kv_f32);
+  }
+}
+
+/* x += (sandwich norm of) matrix times activations. */
+static void project_back(Worker *w, Choice choice, const float *norm_out) {
+  Engine *e = w->engine;
+  int hidden = e->model.hidden, rows = e->batch->rows, from, to;
+  if (!norm_out) {
+    multiply(w, choice, &e->inner, rows, e->x, hidden, 1);
+    return;
+  }
+  multiply(w, choice, &e->inner, rows, e->qkv, hidden, 0);
+  barrier(&e->pool);
+  share(w, rows, 1, &from, &to);
+  for (int row = from; row < to; row++) {
+    rms_norm(e->qkv + (size_t)row * hidden, norm_out, hidden, e->model.eps, w->scratch);
+    for (int i = 0; i < hidden; i++) e->x[(size_t)row * hidden + i] += w->scratch[i];
+  }
+}
+#endif

@@ -1,0 +1,77 @@
+/* What a pass reads and writes. Structs up to Batch mirror execution/native/binding.py. */
+#ifndef PACELINE_MODEL_H
+#define PACELINE_MODEL_H
+
+#include "attention.h"
+#include "grades.h"
+#include "pool.h"
+
+typedef struct {
+  Matrix qkv, o, gate_up, down;
+  const float *norm_in, *norm_attn_out, *norm_mlp_in, *norm_mlp_out; /* the two *_out are NULL without sandwich norms */
+  const float *qkv_bias, *q_norm, *k_norm;                           /* NULL where absent */
+  int32_t window;                                                    /* 0: full attention */
+  int32_t rope;                                                      /* which rotary table */
+  const Grades *grades;                                              /* a second precision, chosen row by row; or NULL */
+} Layer;
+
+typedef struct {
+  int32_t layers, hidden, heads, kv_heads, dim, intermediate, vocab, act_kind; /* act_kind: form of activations */
+  int32_t gelu, kv_f32, max_rows, tables, graded; /* graded: whether layers may have `grades` */
+  float eps, attention_scale, embed_scale, logit_cap;
+  Matrix embed, head;
+  const Layer *layer;
+  const float *final_norm;
+  const float *inv_freq[2];
+  float rope_scale[2];
+} Model;
+
+typedef struct {
+  int32_t rows, segments, logit_rows, run_layers; /* run_layers: leave after this many layers (early exit) */
+  const int32_t *tokens, *positions;
+  const uint64_t *ancestors;
+  Segment *segment;
+  const int32_t *logit_row; /* [logit_rows] */
+  float *logits;            /* [logit_rows][vocab] */
+  float *hidden;            /* [logit_rows][hidden] after the final norm, or NULL */
+  int32_t *best;            /* [logit_rows] most probable token, the lowest of equals; -1 where a logit is not finite */
+  const uint8_t *skip;      /* [layers] bit 0: skip attention, bit 1: skip the MLP; or NULL */
+  float *mass;              /* [layers * kv heads][mass_stride]: attention of a chain's rows is added here; or NULL */
+  const int32_t *tap_layer; /* [num_taps] layers whose entering states are handed out; `layers`: the last state, normed */
+  float *taps;              /* [rows][num_taps][hidden] */
+  int32_t mass_stride, num_taps;
+  float *errors;            /* [rows][layers][MATRICES] estimated rounding errors of graded layers; or NULL */
+} Batch;
+
+typedef struct Engine Engine;
+typedef struct {
+  Engine *engine;
+  int id;
+  float *scratch;
+  uint8_t *is_wide; /* [max_rows] of its latest choice */
+} Worker;
+
+struct Engine {
+  Model model;
+  Batch *batch;
+  Pool pool;
+  pthread_t *thread;
+  Worker *worker;
+  float *x, *qkv, *attn, *rope_cos, *rope_sin; /* [rows][...] work space */
+  float *partials;                             /* of attention whose chunks are shared out: [unit][QUERIES][partial_size] */
+  Acts acts, inner;                            /* normed x; what o and down multiply */
+};
+/* The worker's share of n items, as even as it gets, in blocks of `block`. */
+INLINE void share(const Worker *w, int n, int block, int *from, int *to) {
+  int blocks = (n + block - 1) / block, t = w->engine->pool.threads;
+  *from = blocks * w->id / t * block;
+  *to = blocks * (w->id + 1) / t * block;
+  if (*to > n) *to = n;
+}
+
+static int segment_of(const Batch *b, int row) {
+  int s = 0;
+  while (row >= b->segment[s].first_row + b->segment[s].num_rows) s++;
+  return s;
+}
+#endif
