@@ -4,8 +4,9 @@
  * slots that are joined in order: so it has the same bits in a chain, in a tree and in any batch, and chunks can be shared out.
  * Queries that share a kv head go together, so that a key or value is read and converted once for up to QUERIES of them.
  *
- * Cache layout of one (layer, kv head): keys [capacity/16][D][16] (a lane is a position), values [capacity][D];
- * f16, or f32 when the model runs in fp32. A slot plus the segment's shift is its position; a sequence that keeps only some rows
+ * Cache layout of one (layer, kv head), in words of 32 bits: keys [capacity/16][D/P][16] (a lane is a position), values
+ * [capacity/P][D]. At fp32 a word is a float (P = 1); else it is two bf16 (P = 2): neighbouring inputs of a key, neighbouring
+ * slots of a value, as the processor's dot product of pairs wants them. A slot plus the segment's shift is its position; a sequence that keeps only some rows
  * has a shift, and its first slots hold rows of lower positions (in windowed layers: exactly those positions). */
 #ifndef PACELINE_ATTENTION_H
 #define PACELINE_ATTENTION_H
@@ -18,7 +19,7 @@
 #define QUERIES 12
 #define MAX_TREE 64
 #define TAIL (MAX_TREE + 32)                         /* scores of a tree's rows, from a multiple of 16 */
-#define ATTENTION_SCRATCH (QUERIES * (CHUNK + TAIL)) /* floats, and one partial result */
+#define ATTENTION_SCRATCH (QUERIES * (CHUNK + CHUNK / 2 + TAIL)) /* floats, and one partial result */
 
 typedef struct {
   uint8_t *keys, *values; /* [layers][kv heads] regions as above */
@@ -44,7 +45,7 @@ typedef struct {
 /* Queries of one kv head, not decreasing by row. Beyond `count` they repeat the first, up to a width that has a kernel. */
 typedef struct {
   int count, width;
-  const float *q[QUERIES];
+  const float *q[QUERIES]; /* words: [D], or [D/2] pairs of bf16 */
   float *out[QUERIES]; /* partial results: top splat[16], total[16], sum[D] */
   int row_of[QUERIES]; /* in the segment */
 } Queries;
@@ -59,25 +60,32 @@ INLINE Span span_of(const Segment *s, const AttentionSpec *a, int row) {
   return span;
 }
 
-INLINE v16 load_kv(const uint8_t *p, size_t i, const int f32) {
-  return f32 ? load16((const float *)p + i) : load_f16((const uint16_t *)p + i);
+INLINE v16 load_words(const uint8_t *p, size_t word) { return load16((const float *)p + word); }
+INLINE v16 multiply_words(v16 acc, v16 a, v16 b, const int f32) { return f32 ? FMA(a, b, acc) : dot2(acc, (v16i)a, (v16i)b); }
+INLINE size_t words_of(const Segment *s, int dim, int f32) { return (size_t)s->capacity * dim >> !f32; } /* of a region */
+
+/* Places of one number of a key or a value in its region, counted in numbers. */
+INLINE size_t key_at(int dim, int slot, int i, int f32) {
+  if (f32) return ((size_t)(slot / 16) * dim + i) * 16 + slot % 16;
+  return (((size_t)(slot / 16) * (dim / 2) + i / 2) * 16 + slot % 16) * 2 + i % 2;
+}
+INLINE size_t value_at(int dim, int slot, int i, int f32) {
+  return f32 ? (size_t)slot * dim + i : ((size_t)(slot / 2) * dim + i) * 2 + slot % 2;
 }
 
 /* Values are made finite: a later row's value counts zero times in an earlier row, which must be zero. */
 static void write_kv(Segment *s, size_t region, int dim, int slot, const float *key, const float *value, int f32) {
   size_t at = region * (size_t)s->capacity * dim;
-  size_t k0 = at + (size_t)(slot / 16) * dim * 16 + slot % 16, v0 = at + (size_t)slot * dim;
-  v16 limit = splat(f32 ? 3.402823466e38f : 65504.0f);
+  v16 limit = splat(3.3e38f);
   for (int i = 0; i < dim; i += 16) {
     v16 k = load16(key + i), v = vmin(vmax(load16(value + i), -limit), limit);
-    if (f32) {
-      for (int j = 0; j < 16; j++) ((float *)s->keys)[k0 + 16 * (size_t)(i + j)] = k[j];
-      store16((float *)s->values + v0 + i, v);
-    } else {
-      uint16_t half[16];
-      store_f16(half, k);
-      for (int j = 0; j < 16; j++) ((uint16_t *)s->keys)[k0 + 16 * (size_t)(i + j)] = half[j];
-      store_f16((uint16_t *)s->values + v0 + i, v);
+    uint16_t half_k[16], half_v[16];
+    store_bf16(half_k, k);
+    store_bf16(half_v, v);
+    for (int j = 0; j < 16; j++) {
+      size_t to_k = at + key_at(dim, slot, i + j, f32), to_v = at + value_at(dim, slot, i + j, f32);
+      if (f32) ((float *)s->keys)[to_k] = k[j], ((float *)s->values)[to_v] = v[j];
+      else ((uint16_t *)s->keys)[to_k] = half_k[j], ((uint16_t *)s->values)[to_v] = half_v[j];
     }
   }
 }
@@ -88,14 +96,15 @@ INLINE void score_blocks(const Queries *b, const Segment *s, size_t at, const At
                          int block, float *scores, int stride, const int f32) {
   v16 acc[24];
   UNROLL for (int i = 0; i < rows * blocks; i++) acc[i] = splat(0);
-  size_t first = at + (size_t)block * a->dim * 16;
-  for (int d = 0; d < a->dim; d++)
+  int words = f32 ? a->dim : a->dim / 2;
+  size_t first = at + (size_t)block * words * 16;
+  for (int d = 0; d < words; d++)
     UNROLL for (int j = 0; j < blocks; j++) {
-      size_t element = first + ((size_t)j * a->dim + d) * 16;
-      v16 k = load_kv(s->keys, element, f32);
-      if (d % 2) __builtin_prefetch(s->values + (element << (1 + f32)), 0, 2);
-      else __builtin_prefetch(s->keys + ((element + (size_t)4 * a->dim * 16) << (1 + f32)), 0, 2);
-      UNROLL for (int r = 0; r < rows; r++) acc[r * blocks + j] = FMA(k, splat(b->q[r][d]), acc[r * blocks + j]);
+      size_t word = first + ((size_t)j * words + d) * 16;
+      v16 k = load_words(s->keys, word);
+      __builtin_prefetch(s->values + 4 * word, 0, 2);
+      __builtin_prefetch(s->keys + 4 * (word + (size_t)4 * words * 16), 0, 2);
+      UNROLL for (int r = 0; r < rows; r++) acc[r * blocks + j] = multiply_words(acc[r * blocks + j], k, splat(b->q[r][d]), f32);
     }
   UNROLL for (int r = 0; r < rows; r++)
     UNROLL for (int j = 0; j < blocks; j++) store16(scores + (size_t)r * stride + 16 * j, acc[r * blocks + j] * splat(a->scale));
@@ -109,17 +118,17 @@ INLINE void score_rows(const Queries *b, const Segment *s, size_t at, const Atte
   for (; block < last; block++, scores += 16) score_blocks(b, s, at, a, rows, 1, block, scores, stride, f32);
 }
 
-/* out[r] sum = weights[r][i] * value(from + i) over i in order. */
+/* out[r] sum = weights[r][i] * value word i over i in order. */
 INLINE void sum_columns(const Queries *b, const uint8_t *values, size_t at, int dim, const int rows, const int lanes, int column,
                         int n, const float *weights, const int f32) {
   v16 acc[24];
   UNROLL for (int i = 0; i < rows * lanes; i++) acc[i] = splat(0);
   for (int i = 0; i < n; i++) {
     v16 v[4];
-    UNROLL for (int c = 0; c < lanes; c++) v[c] = load_kv(values, at + (size_t)i * dim + column + 16 * c, f32);
+    UNROLL for (int c = 0; c < lanes; c++) v[c] = load_words(values, at + (size_t)i * dim + column + 16 * c);
     UNROLL for (int r = 0; r < rows; r++) {
-      v16 weight = splat(weights[r * CHUNK + i]);
-      UNROLL for (int c = 0; c < lanes; c++) acc[r * lanes + c] = FMA(v[c], weight, acc[r * lanes + c]);
+      v16 weight = splat(weights[r * (f32 ? CHUNK : CHUNK / 2) + i]);
+      UNROLL for (int c = 0; c < lanes; c++) acc[r * lanes + c] = multiply_words(acc[r * lanes + c], v[c], weight, f32);
     }
   }
   UNROLL for (int r = 0; r < rows; r++)
@@ -162,8 +171,8 @@ static void pad_queries(Queries *b, float *spare) {
   for (int i = b->count; i < b->width; i++) b->q[i] = b->q[0], b->out[i] = spare;
 }
 
-/* w[0 .. blocks) becomes exp(w - top), zero outside [from, to). Leaves top and the lanes of the total in out. */
-static void softmax(float *w, int blocks, int from, int to, float *out) {
+/* w[0 .. 16 blocks) becomes exp(w - top), zero outside [from, to); half the same as bf16. Leaves top and the lanes of the total in out. */
+static void softmax(float *w, uint16_t *half, int blocks, int from, int to, float *out) {
   const v16i lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   v16 top = splat(-1e30f), total = splat(0);
   for (int i = 0; i < blocks; i++) {
@@ -177,6 +186,7 @@ static void softmax(float *w, int blocks, int from, int to, float *out) {
     v16i at = lane + splat_i(16 * i), seen = (at >= splat_i(from)) & (at < splat_i(to));
     v16 e = (v16)((v16i)vexp(load16(w + 16 * i) - largest) & seen);
     store16(w + 16 * i, e);
+    store_bf16(half + 16 * i, e);
     total = total + e;
   }
   store16(out, largest);
@@ -190,11 +200,33 @@ static int path_of(uint64_t ancestors, uint8_t *path) {
   return n;
 }
 
+/* Slots of a path from `from`, which lie on a branch, are added to a query's sum: as the value kernels do, wherever the slots are. */
+INLINE void sum_branch(const Segment *s, size_t at, const AttentionSpec *a, const uint8_t *path, int from, int to, const float *weights,
+                       float *sum, const int f32) {
+  for (int slot = from, i = 0; slot < to; slot += 2 - f32, i++) {
+    int real[2];
+    for (int j = 0; j < 2; j++) {
+      int wanted = slot + j < to ? slot + j : slot; /* beyond the end the weight is zero */
+      real[j] = wanted < s->base ? wanted : s->base + path[wanted - s->base];
+    }
+    for (int c = 0; c < a->dim; c += 16) {
+      v16i low = (v16i)load_words(s->values, at + (size_t)(real[0] >> !f32) * a->dim + c), v = low;
+      v16i high = (v16i)load_words(s->values, at + (size_t)(real[1] >> !f32) * a->dim + c);
+      if (real[0] % 2) low = low >> 16;
+      if (real[1] % 2 == 0) high = high << 16;
+      if (!f32) v = (low & splat_i(0xffff)) | (high & splat_i((int32_t)0xffff0000));
+      store16(sum + c, multiply_words(load16(sum + c), (v16)v, splat(weights[i]), f32));
+    }
+  }
+}
+
 /* The partial results of all queries over the chunk from slot `first`; of use where a query's span meets it.
- * scratch: ATTENTION_SCRATCH + partial_size floats. */
+ * scratch: ATTENTION_SCRATCH + partial_size floats; its first [QUERIES][CHUNK] are left as exp(score - top). */
 static void attend_chunk(const Segment *s, size_t region, const AttentionSpec *a, Queries *b, int first, float *scratch) {
-  float *tail = scratch + QUERIES * CHUNK;
-  size_t at = region * (size_t)s->capacity * a->dim;
+  float *tail = scratch + QUERIES * CHUNK, *halves = tail + QUERIES * TAIL;
+  int pair = 2 - a->kv_f32, stride = CHUNK / pair;
+  const float *weights = a->kv_f32 ? scratch : halves;
+  size_t at = region * words_of(s, a->dim, a->kv_f32);
   int low = first + CHUNK, high = first, end = 0; /* of all queries: slots in the chunk, end of the longest path */
   Span span[QUERIES];
   pad_queries(b, scratch + ATTENTION_SCRATCH);
@@ -205,9 +237,9 @@ static void attend_chunk(const Segment *s, size_t region, const AttentionSpec *a
   }
   low = low < first ? first : low & ~15;
   high = end < first + CHUNK ? end : first + CHUNK;
-  int common = s->is_tree && high > s->base ? s->base : high; /* up to here a slot of the path is a slot of the cache */
-  if (common > low) score(b, s, at, a, low / 16, (common + 15) / 16, scratch + low - first, CHUNK);
-  int branches = high > common;
+  int branches = s->is_tree && high > s->base; /* slots of a path from `base` on are not slots of the cache */
+  int trunk = branches ? s->base : high;
+  if (trunk > low) score(b, s, at, a, low / 16, (trunk + 15) / 16, scratch + low - first, CHUNK);
   uint8_t path[QUERIES][MAX_TREE];
   if (branches) {
     score(b, s, at, a, s->base / 16, (s->base + s->num_rows + 15) / 16, tail, TAIL);
@@ -219,20 +251,20 @@ static void attend_chunk(const Segment *s, size_t region, const AttentionSpec *a
       }
     }
   }
-  for (int r = 0; r < b->count; r++)
-    softmax(scratch + r * CHUNK + low - first, (high - low + 15) / 16, span[r].start - low, (span[r].end < high ? span[r].end : high) - low,
-            b->out[r]);
-  sum_values(b, s, at + (size_t)low * a->dim, a, common > low ? common - low : 0, scratch + low - first);
-  for (int r = 0; branches && r < b->count; r++)
-    for (int i = 0; i < span[r].end - s->base; i++) {
-      int slot = s->base + i - first;
-      if (slot < 0 || slot >= CHUNK || s->base + i < span[r].start) continue;
-      size_t value = at + (size_t)(s->base + path[r][i]) * a->dim;
-      for (int c = 0; c < a->dim; c += 16) {
-        float *sum = b->out[r] + 32 + c;
-        store16(sum, FMA(load_kv(s->values, value + c, a->kv_f32), splat(scratch[r * CHUNK + slot]), load16(sum)));
-      }
-    }
+  for (int r = 0; r < b->count; r++) {
+    int to = span[r].end < high ? span[r].end : high;
+    softmax(scratch + r * CHUNK + low - first, (uint16_t *)(halves + r * CHUNK / 2) + low - first, (high - low + 15) / 16,
+            span[r].start - low, to - low, b->out[r]);
+  }
+  if (branches) trunk -= trunk % pair;
+  int words = trunk > low ? (trunk - low + pair - 1) / pair : 0;
+  sum_values(b, s, at + (size_t)(low / pair) * a->dim, a, words, weights + (low - first) / pair);
+  for (int r = 0; branches && r < b->count; r++) {
+    int from = trunk > low ? trunk : low, to = span[r].end < high ? span[r].end : high;
+    const float *w = weights + r * stride + (from - first) / pair;
+    if (a->kv_f32) sum_branch(s, at, a, path[r], from, to, w, b->out[r] + 32, 1);
+    else sum_branch(s, at, a, path[r], from, to, w, b->out[r] + 32, 0);
+  }
 }
 
 /* Join the result of the next chunk to that of the chunks before it. */

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from paceline import compiled
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 KERNELS = compiled.Sources(
     name="kernels",
     folder=Path(__file__).parent,

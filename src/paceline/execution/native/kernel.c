@@ -8,7 +8,7 @@
 #include "heads.h"
 #include "layer.h"
 
-#define ABI_VERSION 5
+#define ABI_VERSION 6
 
 static void embed(Worker *w) {
   Engine *e = w->engine;
@@ -214,14 +214,14 @@ void paceline_forward(Engine *e, Batch *batch) {
 /* Move slot `from` to slot `to` in every region (to compact the accepted path of a tree). */
 void paceline_move_slot(const Engine *e, Segment *s, int from, int to) {
   const Model *m = &e->model;
-  size_t size = m->kv_f32 ? 4 : 2, dim = (size_t)m->dim;
+  size_t size = m->kv_f32 ? 4 : 2;
   for (size_t region = 0; region < (size_t)m->layers * m->kv_heads; region++) {
-    size_t at = region * (size_t)s->capacity * dim;
-    uint8_t *k = s->keys + at * size, *v = s->values + at * size;
-    memcpy(v + (size_t)to * dim * size, v + (size_t)from * dim * size, dim * size);
-    for (size_t d = 0; d < dim; d++)
-      memcpy(k + (((size_t)(to / 16) * dim + d) * 16 + to % 16) * size, k + (((size_t)(from / 16) * dim + d) * 16 + from % 16) * size,
-             size);
+    size_t at = region * (size_t)s->capacity * m->dim;
+    for (int i = 0; i < m->dim; i++) {
+      memcpy(s->keys + (at + key_at(m->dim, to, i, m->kv_f32)) * size, s->keys + (at + key_at(m->dim, from, i, m->kv_f32)) * size, size);
+      memcpy(s->values + (at + value_at(m->dim, to, i, m->kv_f32)) * size,
+             s->values + (at + value_at(m->dim, from, i, m->kv_f32)) * size, size);
+    }
   }
 }
 

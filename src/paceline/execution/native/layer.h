@@ -111,6 +111,11 @@ static void rope_and_cache(Worker *w, int l) {
       for (int i = 0; i < dim; i++) x[i] += layer->qkv_bias[head * dim + i];
     if (norm) rms_norm(x, norm, dim, m->eps, x);
     rotate(x, x + dim / 2, e->rope_cos + table, e->rope_sin + table, dim / 2);
+    if (!is_key && !m->kv_f32) { /* in place, as the keys are kept */
+      uint16_t *half = (uint16_t *)w->scratch;
+      for (int i = 0; i < dim; i += 16) store_bf16(half + i, load16(x + i));
+      memcpy(x, half, (size_t)dim * 2);
+    }
     if (!is_key) continue;
     float *value = x + (size_t)m->kv_heads * dim;
     if (layer->qkv_bias)

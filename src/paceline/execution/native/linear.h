@@ -55,7 +55,7 @@ static void put_acts(Acts *a, int kind, int k, int row, int at, const float *src
     return;
   }
   if (kind == BF16) {
-    for (int i = 0; i < n; i++) a->half[off + i] = to_bf16(src[i]);
+    for (int i = 0; i < n; i += 16) store_bf16(a->half + off + i, load16(src + i));
     return;
   }
   for (int g = 0; g < n / 32; g++) {
@@ -94,13 +94,7 @@ INLINE void tile_bf16(const uint8_t *t, int k, const Acts *a, int row, const int
     for (int r = 0; r < m; r++) {
       int32_t x;
       memcpy(&x, a->half + (size_t)(row + r) * k + 2 * i, 4);
-#if HAVE_AVX512 && defined(__AVX512BF16__)
-      y[r] = (v16)_mm512_dpbf16_ps((__m512)y[r], (__m512bh)(__m512i)pair, (__m512bh)_mm512_set1_epi32(x));
-#else
-      v16i both = splat_i(x);
-      y[r] = FMA(bf16_low(pair), bf16_low(both), y[r]);
-      y[r] = FMA(bf16_high(pair), bf16_high(both), y[r]);
-#endif
+      y[r] = dot2(y[r], pair, splat_i(x));
     }
   }
 }

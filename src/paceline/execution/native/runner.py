@@ -46,7 +46,7 @@ class NativeRunner(Runner):
     """Runs Llama-like models with the compiled kernels.
 
     precision: one of the four, or `int4+int8` (either order) for layers of two grades (`set_grades`).
-    A row's logits have the same bits alone, in a chain, in a tree and in any batch. Keys and values are kept in float16
+    A row's logits have the same bits alone, in a chain, in a tree and in any batch. Keys and values are kept in bfloat16
     (float32 at precision fp32); activations of int8 and int4 models are rounded to 8 bits in groups of 32.
     """
 
@@ -90,7 +90,7 @@ class NativeRunner(Runner):
             weight_bytes=self._weights.bytes,
             extra={
                 "threads": str(self._threads),
-                "kv": "float32" if precision == "fp32" else "float16",
+                "kv": "float32" if precision == "fp32" else "bfloat16",
                 "kernel": Path(library._name).stem,
             },
         )
@@ -177,9 +177,10 @@ class NativeRunner(Runner):
 
     def _allocate(self, capacity: int) -> NativeSequence:
         regions = self.spec.layers * self.spec.kv_heads
+        pair = 1 if self._kv_dtype == np.float32 else 2
         try:
-            keys = np.zeros((regions, capacity // 16, self.spec.head_dim, 16), self._kv_dtype)
-            values = np.zeros((regions, capacity, self.spec.head_dim), self._kv_dtype)
+            keys = np.zeros((regions, capacity // 16, self.spec.head_dim // pair, 16, pair), self._kv_dtype)
+            values = np.zeros((regions, capacity // pair, self.spec.head_dim, pair), self._kv_dtype)
         except MemoryError as error:
             raise ResourceError(f"memory: no room for a cache of {capacity} tokens; lower max_context") from error
         return NativeSequence(keys, values, capacity)
@@ -192,7 +193,7 @@ class NativeRunner(Runner):
             raise ResourceError(f"context: {slots} tokens exceed max_context = {self.info.max_context}")
         larger = self._allocate(min(max(2 * sequence.capacity, math.ceil(slots / 16) * 16), limit))
         larger.keys[:, : sequence.keys.shape[1]] = sequence.keys
-        larger.values[:, : sequence.capacity] = sequence.values
+        larger.values[:, : sequence.values.shape[1]] = sequence.values
         sequence.keys, sequence.values, sequence.capacity = larger.keys, larger.values, larger.capacity
         sequence.keys_at, sequence.values_at = larger.keys_at, larger.values_at
 

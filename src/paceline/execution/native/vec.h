@@ -103,6 +103,21 @@ INLINE uint16_t to_bf16(float x) {
   return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+/* acc += low a * low b + high a * high b */
+INLINE v16 dot2(v16 acc, v16i a, v16i b) {
+#if HAVE_AVX512 && defined(__AVX512BF16__)
+  return (v16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b);
+#else
+  acc = FMA(bf16_low(a), bf16_low(b), acc);
+  return FMA(bf16_high(a), bf16_high(b), acc);
+#endif
+}
+typedef uint16_t v16u __attribute__((vector_size(32), aligned(2), may_alias));
+INLINE void store_bf16(uint16_t *p, v16 x) {
+  v16i bits = (v16i)x;
+  *(v16u *)p = __builtin_convertvector((bits + splat_i(0x7fff) + ((bits >> 16) & splat_i(1))) >> 16, v16u);
+}
+
 /* Lane sums in one fixed tree order. */
 INLINE float hsum(v16 x) {
 #if HAVE_AVX512
