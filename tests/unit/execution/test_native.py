@@ -77,6 +77,39 @@ def test_a_row_has_the_same_bits_alone_in_a_chain_and_in_a_tree(name: str, preci
     assert torch.equal(run.forward([Segment(tree, tokens[25:])]).logits, whole[25:])
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["llama", "qwen2_sliding"])
+@pytest.mark.parametrize("prefix", [119, 126, 127, 128, 255])
+def test_a_tree_across_a_chunk_of_the_cache_has_the_bits_of_its_paths(name: str, precision: str, prefix: int) -> None:
+    run, tokens = runner(name, precision), ids(prefix + 12)
+    other = [*tokens[: prefix + 1], *ids(11, seed=50)]
+    paths = [logits_of(run, path)[prefix:] for path in (tokens, other)]
+    tree = run.open()
+    prefill(run, tree, tokens[:prefix])
+    mixed, parents = [tokens[prefix]], [-1]
+    for depth in range(1, 12):  # branches take turns: the left one lies in rows 0, 1, 3, 5, ..., the right one in 0, 2, 4, ...
+        mixed += [tokens[prefix + depth], other[prefix + depth]]
+        parents += [max(0, 2 * depth - 3), max(0, 2 * depth - 2)]
+    out = run.forward([Segment(tree, mixed, parents=parents)]).logits
+    assert torch.equal(out[[0, *range(1, 23, 2)]], paths[0])
+    assert torch.equal(out[[0, *range(2, 23, 2)]], paths[1])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_many_sequences_of_several_chunks_have_the_bits_that_each_has_alone(precision: str) -> None:
+    """Few queries share their chunks out among the threads; many do not."""
+    run, segments, want = runner("llama", precision), [], []
+    for i in range(12):
+        tokens = ids(100 + 40 * i, seed=1000 * i)
+        want.append(logits_of(run, tokens)[-3:])
+        sequence = run.open()
+        prefill(run, sequence, tokens[:-3])
+        alone = run.forward([Segment(sequence, tokens[-3:])]).logits.clone()
+        assert torch.equal(alone, want[-1])
+        segments.append(Segment(sequence, tokens[-3:]))
+    assert torch.equal(run.forward(segments).logits, torch.cat(want))
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 9)), min_size=1, max_size=4), st.sampled_from(["fp32", "int4"]))
 def test_a_ragged_batch_gives_each_row_the_bits_it_has_alone(shapes: list[tuple[int, int]], precision: str) -> None:

@@ -90,8 +90,8 @@ static void write_kv(Segment *s, size_t region, int dim, int slot, const float *
   }
 }
 
-/* scores[r][16 j ..] of key blocks block .. block + blocks: each a sum over D in order. On the way it asks memory for the keys of
- * the next blocks and for the values of these: a long context does not fit the caches. */
+/* scores[r][16 j ..] of key blocks block .. block + blocks: each a sum over D in order. On the way it asks memory for the values
+ * of these slots, and the values' sums ask for the keys of the next chunk: a long context does not fit the caches. */
 INLINE void score_blocks(const Queries *b, const Segment *s, size_t at, const AttentionSpec *a, const int rows, const int blocks,
                          int block, float *scores, int stride, const int f32) {
   v16 acc[24];
@@ -103,7 +103,6 @@ INLINE void score_blocks(const Queries *b, const Segment *s, size_t at, const At
       size_t word = first + ((size_t)j * words + d) * 16;
       v16 k = load_words(s->keys, word);
       __builtin_prefetch(s->values + 4 * word, 0, 2);
-      __builtin_prefetch(s->keys + 4 * (word + (size_t)4 * words * 16), 0, 2);
       UNROLL for (int r = 0; r < rows; r++) acc[r * blocks + j] = multiply_words(acc[r * blocks + j], k, splat(b->q[r][d]), f32);
     }
   UNROLL for (int r = 0; r < rows; r++)
@@ -119,13 +118,17 @@ INLINE void score_rows(const Queries *b, const Segment *s, size_t at, const Atte
 }
 
 /* out[r] sum = weights[r][i] * value word i over i in order. */
-INLINE void sum_columns(const Queries *b, const uint8_t *values, size_t at, int dim, const int rows, const int lanes, int column,
+INLINE void sum_columns(const Queries *b, const Segment *s, size_t at, int dim, const int rows, const int lanes, int column,
                         int n, const float *weights, const int f32) {
   v16 acc[24];
   UNROLL for (int i = 0; i < rows * lanes; i++) acc[i] = splat(0);
   for (int i = 0; i < n; i++) {
     v16 v[4];
-    UNROLL for (int c = 0; c < lanes; c++) v[c] = load_words(values, at + (size_t)i * dim + column + 16 * c);
+    UNROLL for (int c = 0; c < lanes; c++) {
+      size_t word = at + (size_t)i * dim + column + 16 * c;
+      v[c] = load_words(s->values, word);
+      __builtin_prefetch(s->keys + 4 * (word + ((size_t)CHUNK * dim >> !f32)), 0, 2);
+    }
     UNROLL for (int r = 0; r < rows; r++) {
       v16 weight = splat(weights[r * (f32 ? CHUNK : CHUNK / 2) + i]);
       UNROLL for (int c = 0; c < lanes; c++) acc[r * lanes + c] = multiply_words(acc[r * lanes + c], v[c], weight, f32);
@@ -135,12 +138,12 @@ INLINE void sum_columns(const Queries *b, const uint8_t *values, size_t at, int 
     UNROLL for (int c = 0; c < lanes; c++) store16(b->out[r] + 32 + column + 16 * c, acc[r * lanes + c]);
 }
 
-INLINE void sum_rows(const Queries *b, const uint8_t *values, size_t at, int dim, const int rows, int n, const float *weights,
+INLINE void sum_rows(const Queries *b, const Segment *s, size_t at, int dim, const int rows, int n, const float *weights,
                      const int f32) {
   const int lanes = rows <= 6 ? 4 : 2;
   int column = 0;
-  for (; column + 16 * lanes <= dim; column += 16 * lanes) sum_columns(b, values, at, dim, rows, lanes, column, n, weights, f32);
-  for (; column < dim; column += 16) sum_columns(b, values, at, dim, rows, 1, column, n, weights, f32);
+  for (; column + 16 * lanes <= dim; column += 16 * lanes) sum_columns(b, s, at, dim, rows, lanes, column, n, weights, f32);
+  for (; column < dim; column += 16) sum_columns(b, s, at, dim, rows, 1, column, n, weights, f32);
 }
 
 /* Numbers of queries are constants inside, so that sums stay in registers. */
@@ -158,8 +161,8 @@ static void score(const Queries *b, const Segment *s, size_t at, const Attention
 static void sum_values(const Queries *b, const Segment *s, size_t at, const AttentionSpec *a, int n, const float *weights) {
 #define SUM(N)                                                               \
   case N:                                                                    \
-    if (a->kv_f32) sum_rows(b, s->values, at, a->dim, N, n, weights, 1);     \
-    else sum_rows(b, s->values, at, a->dim, N, n, weights, 0);               \
+    if (a->kv_f32) sum_rows(b, s, at, a->dim, N, n, weights, 1);     \
+    else sum_rows(b, s, at, a->dim, N, n, weights, 0);               \
     break;
   switch (b->width) { EACH_WIDTH(SUM) }
 }
@@ -176,15 +179,21 @@ static void softmax(float *w, uint16_t *half, int blocks, int from, int to, floa
   const v16i lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   v16 top = splat(-1e30f), total = splat(0);
   for (int i = 0; i < blocks; i++) {
-    v16i at = lane + splat_i(16 * i), seen = (at >= splat_i(from)) & (at < splat_i(to));
-    v16 x = (v16)(((v16i)load16(w + 16 * i) & seen) | ((v16i)splat(-1e30f) & ~seen));
-    store16(w + 16 * i, x);
+    v16 x = load16(w + 16 * i);
+    if (16 * i < from || 16 * i + 16 > to) {
+      v16i at = lane + splat_i(16 * i), seen = (at >= splat_i(from)) & (at < splat_i(to));
+      x = (v16)(((v16i)x & seen) | ((v16i)splat(-1e30f) & ~seen));
+      store16(w + 16 * i, x);
+    }
     top = vmax(top, x);
   }
   v16 largest = splat(hmax(top));
   for (int i = 0; i < blocks; i++) {
-    v16i at = lane + splat_i(16 * i), seen = (at >= splat_i(from)) & (at < splat_i(to));
-    v16 e = (v16)((v16i)vexp(load16(w + 16 * i) - largest) & seen);
+    v16 e = vexp(load16(w + 16 * i) - largest);
+    if (16 * i < from || 16 * i + 16 > to) {
+      v16i at = lane + splat_i(16 * i), seen = (at >= splat_i(from)) & (at < splat_i(to));
+      e = (v16)((v16i)e & seen);
+    }
     store16(w + 16 * i, e);
     store_bf16(half + 16 * i, e);
     total = total + e;

@@ -11,8 +11,9 @@ import torch
 
 @dataclass(slots=True, eq=False)
 class NativeSequence:
-    """Keys [regions, capacity / 16, D / P, 16, P] and values [regions, capacity / P, D, P] of one sequence; a region is a layer's kv
-    head. P = 1 with float32, 2 with bfloat16 (as uint16)."""
+    """Keys [regions, capacity / 16, D / P, 16, P] and values [regions, capacity / P, D, P] of one sequence.
+
+    A region is a layer's kv head; P = 1 with float32, 2 with bfloat16 (as uint16)."""
 
     keys: npt.NDArray[np.generic]
     values: npt.NDArray[np.generic]

@@ -114,8 +114,12 @@ INLINE v16 dot2(v16 acc, v16i a, v16i b) {
 }
 typedef uint16_t v16u __attribute__((vector_size(32), aligned(2), may_alias));
 INLINE void store_bf16(uint16_t *p, v16 x) {
+#if HAVE_AVX512 && defined(__AVX512BF16__)
+  *(v16u *)p = (v16u)_mm512_cvtneps_pbh((__m512)x);
+#else
   v16i bits = (v16i)x;
   *(v16u *)p = __builtin_convertvector((bits + splat_i(0x7fff) + ((bits >> 16) & splat_i(1))) >> 16, v16u);
+#endif
 }
 
 /* Lane sums in one fixed tree order. */
