@@ -61,7 +61,10 @@ INLINE Span span_of(const Segment *s, const AttentionSpec *a, int row) {
 }
 
 INLINE v16 load_words(const uint8_t *p, size_t word) { return load16((const float *)p + word); }
-INLINE v16 multiply_words(v16 acc, v16 a, v16 b, const int f32) { return f32 ? FMA(a, b, acc) : dot2(acc, (v16i)a, (v16i)b); }
+INLINE v16 multiply_words(v16 acc, v16 a, v16 b, const int f32) {
+  if (f32) return FMA(a, b, acc);
+  return dot2(acc, (v16i)a, (v16i)b);
+}
 INLINE size_t words_of(const Segment *s, int dim, int f32) { return (size_t)s->capacity * dim >> !f32; } /* of a region */
 
 /* Places of one number of a key or a value in its region, counted in numbers. */
