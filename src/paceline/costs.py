@@ -7,8 +7,15 @@ it; `CostTable.learn` keeps it fresh while running.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import Any
+
+from paceline.records import StepRecord
+
+_SAMPLE = 64
+"""Rounds of an answer that the price of a plain step is estimated from at most."""
 
 
 def _interpolate(xs: list[int], ys: list[float], x: float) -> float:
@@ -61,6 +68,21 @@ class CostTable:
     def t_draft(self, drafter: str, num_tokens: int, catch_up: int = 0) -> float:
         cost = self.drafters.get(drafter)
         return cost.seconds(num_tokens, catch_up) if cost is not None else 0.0
+
+    def plain_step_during(self, steps: Sequence[StepRecord]) -> float | None:
+        """Seconds that a plain step of one sequence would have taken in the place of these rounds; None without a round.
+
+        The measured price of a plain step, corrected by what the rounds' own forwards took against their price, so that a machine
+        that is busier now than when it was measured does not make speculation look slow, nor a freer one make it look fast.
+        """
+        later = steps[1:] or steps  # an answer's first round finds cold caches
+        sample = later[:: len(later) // _SAMPLE + 1]
+        expected = sum(self.t_verify(step.batch_rows or step.num_drafted + 1, step.context_length) for step in sample)
+        if expected <= 0.0:
+            return None
+        load = sum(step.verify_seconds for step in sample) / expected
+        forward = load * mean(self.t_plain(step.context_length, step.batch_size) for step in sample)
+        return forward + mean(max(0.0, s.round_seconds - s.verify_seconds - s.draft_seconds - s.control_seconds) for s in sample)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -274,7 +274,7 @@ class Engine:
                 request.close(self.runner, self.controller)
 
     def _result(self, request: Request) -> GenerationResult:
-        return request.result(self.costs.t_plain(request.num_prompt + request.num_generated // 2), self.notes)
+        return request.result(self.costs.plain_step_during(request.steps), self.notes)
 
     # ---------- input ----------
 

@@ -279,7 +279,7 @@ class GenerationResult:
     """The stop string or stop token that ended the text, if one did."""
     seed: int = 0
     plain_seconds_per_token: float | None = None
-    """What a plain step costs here, measured or estimated; None when unknown."""
+    """What a plain step would have taken in this answer (`CostTable.plain_step_during`); None when unknown."""
     notes: tuple[str, ...] = field(default=())
     draft_bytes: int = 0
     """Memory that drafters held for this sequence alone at its end."""

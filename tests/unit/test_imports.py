@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "records": set(),
     "config": {"errors"},
-    "costs": set(),
+    "costs": {"records"},
     "sampling": BASE,
     "verification": BASE | {"sampling"},
     "control": BASE,

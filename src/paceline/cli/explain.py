@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -25,10 +26,8 @@ if TYPE_CHECKING:
     from paceline.engine import Engine
     from paceline.records import GenerationResult, StepRecord
 
-COLUMNS = (
-    *("round", "drafter", "planned", "drafted", "accepted", "emitted", "expected"),
-    *("draft ms", "verify ms", "round ms", "why"),
-)
+WIDE = 120
+"""Columns of a terminal from which on the plan's expectation and the parts of a round's time are shown as well."""
 ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 """Points of the printed cost curve: tokens of one forward."""
 
@@ -66,7 +65,7 @@ def explain(
 def show(engine: Engine, result: GenerationResult, rounds: int) -> None:
     """The tables: rounds, costs, and calibration where the controller keeps one."""
     console = Console()
-    console.print(rounds_table(result.steps[:rounds]))
+    console.print(rounds_table(result.steps[:rounds], console.width))
     if len(result.steps) > rounds:
         console.print(f"{len(result.steps) - rounds} more rounds; --rounds {len(result.steps)} shows all")
     console.print(cost_table(engine, context=_last_context(result)))
@@ -79,24 +78,32 @@ def _last_context(result: GenerationResult) -> int:
     return result.num_prompt_tokens + result.num_tokens
 
 
-def rounds_table(steps: tuple[StepRecord, ...]) -> Table:
-    """One row a round; times in milliseconds."""
-    table = Table(title="rounds")
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name in ("drafter", "why") else "right")
-    for number, step in enumerate(steps, start=1):
-        table.add_row(
-            str(number),
-            step.drafter or "plain",
-            str(step.num_planned),
-            str(step.num_drafted),
-            str(step.num_accepted),
-            str(step.num_emitted),
-            f"{step.expected_emitted:.2f}",
-            *(f"{1e3 * seconds:.2f}" for seconds in (step.draft_seconds, step.verify_seconds, step.round_seconds)),
-            escape(step.reason + (" (probe)" if step.probe else "")),
-        )
+def rounds_table(steps: tuple[StepRecord, ...], width: int) -> Table:
+    """One row a round, in a terminal of so many columns; times in milliseconds."""
+    table = Table(title="rounds", box=SIMPLE_HEAD, pad_edge=False)
+    rows = [round_cells(number, step) for number, step in enumerate(steps, start=1)]
+    details = {"planned", "expected", "draft ms", "verify ms"} if width < WIDE else set()
+    for name in (name for name in (rows[0] if rows else ()) if name not in details):
+        table.add_column(name, justify="left" if name in ("drafter", "why") else "right", no_wrap=name != "why")
+    for cells in rows:
+        table.add_row(*(cell for name, cell in cells.items() if name not in details))
     return table
+
+
+def round_cells(number: int, step: StepRecord) -> dict[str, str]:
+    """What the table of rounds says of one round, by column."""
+    seconds = {"draft ms": step.draft_seconds, "verify ms": step.verify_seconds, "round ms": step.round_seconds}
+    return {
+        "round": str(number),
+        "drafter": step.drafter or "plain",
+        "planned": str(step.num_planned),
+        "drafted": str(step.num_drafted),
+        "accepted": str(step.num_accepted),
+        "emitted": str(step.num_emitted),
+        "expected": f"{step.expected_emitted:.2f}",
+        **{name: f"{1e3 * value:.2f}" for name, value in seconds.items()},
+        "why": escape(step.reason + (" (probe)" if step.probe else "")),
+    }
 
 
 def cost_curve(engine: Engine, context: int) -> list[dict[str, float]]:
@@ -116,10 +123,12 @@ def cost_table(engine: Engine, context: int) -> Table:
         f"{name}: {1e3 * cost.fixed:.3f} ms a round + {1e3 * cost.per_token:.3f} ms a token, {memory.get(name, 0) / 1e6:.1f} MB"
         for name, cost in engine.costs.drafters.items()
     )
-    table = Table(title=f"cost of a forward at {context} tokens of context", caption=drafters or None)
+    table = Table(
+        title=f"cost of a forward at {context} tokens of context", caption=drafters or None, box=SIMPLE_HEAD, pad_edge=False
+    )
     table.add_column("tokens")
     for point in cost_curve(engine, context):
-        table.add_column(str(int(point["rows"])), justify="right")
+        table.add_column(str(int(point["rows"])), justify="right", no_wrap=True)
     table.add_row("ms", *(f"{1e3 * point['seconds']:.1f}" for point in cost_curve(engine, context)))
     table.add_row("against plain", *(f"{point['against_plain']:.2f}x" for point in cost_curve(engine, context)))
     return table

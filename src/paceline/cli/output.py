@@ -84,7 +84,7 @@ class StreamFold:
             decode_seconds=decode_seconds,
             steps=tuple(self.steps),
             from_draft=tuple(self.from_draft),
-            plain_seconds_per_token=engine.costs.t_plain(num_prompt + len(self.token_ids)),
+            plain_seconds_per_token=engine.costs.plain_step_during(self.steps),
         )
 
 
