@@ -1,90 +1,48 @@
 """Every controller on real prompts, in one interleaved run: against plain decoding and the best fixed length in hindsight.
 
     python benchmarks/controllers.py --prompts FILE.jsonl --draft ngram --json OUT.json --plot OUT.png
-    python benchmarks/controllers.py --prompts FILE.jsonl --draft quantized_self --precision fp32 --json OUT.json --plot OUT.png
+    python benchmarks/controllers.py --prompts FILE.jsonl --draft quantized_self --precision fp32 --limit 1 --json OUT.json
 
 Each prompt is answered at each temperature by plain decoding, by every fixed length and by every registered controller, in an order
-that rotates from prompt to prompt. All share one target and one set of drafters; each has a controller of its own for each
-temperature, which keeps what it learnt over the run. Answers have one length (the model's own end is ignored) and, above
-temperature 0, one seed, so that all controllers write the same text; with --unseeded each writes its own, under the default rule
-for drawn drafts. `best_fixed` of a category is the fixed length with the most tokens a second there. The file is rewritten after
-every prompt; until the end it holds raw samples only.
+that rotates from prompt to prompt. All share one target, one pass over each prompt, and one set of drafters (drafters that remember
+texts excepted: each controller has its own). Each has a controller of its own for each temperature, which keeps what it learnt over
+the run; with --repeats it begins anew each time, and a prompt counts with its median. Answers have one length (the model's own end
+is ignored) and, above temperature 0, one seed, so that all controllers write the same text; with --unseeded each writes its own,
+under the default rule for drawn drafts.
+
+Two clocks: the wall clock, and the accounted one (`study/accounting.py`), in which a round costs what such rounds cost over the
+whole run. `best_fixed` of a category is the fixed length with the most tokens a second there, by each clock. What is done is
+written every other minute and at the end, Ctrl-C included.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
-from rich.progress import Progress
-
-from paceline.assembly import build_engine, load_target
+from paceline.assembly import Target, build_engine, load_target
 from paceline.config import RunnerConfig, SamplingParams, SpeculationConfig
 from paceline.control import registry
-from paceline.control.base import Controller, RoundContext
+from paceline.control.base import Controller
 from paceline.costs import CostTable
 from paceline.engine import Engine
 from paceline.errors import OptionError
-from paceline.records import DraftFeatures, GenerationResult, Plan, StepRecord
-from paceline.study.bench import OVERALL, PLAIN, BenchRow, Sample, rotated, summarise
+from paceline.study.accounting import accounted
+from paceline.study.bench import OVERALL, PLAIN, Sample, summarise
+from paceline.study.charts import heat_chart
+from paceline.study.contest import Contestant, ReadOnce, TimedController, answered_by_all, hold, remembers
 from paceline.study.environment import command, environment
-from paceline.study.prompts import load_prompts
-from paceline.study.report import check_writable, write_json
+from paceline.study.prompts import encode_prompts, load_prompts
+from paceline.study.report import Recording, check_writable, sample_row, speed_panel, table, table_rows
 
 FIXED_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
-
-
-class Timed(Controller):
-    """Decides as another controller does, and counts the time that this takes."""
-
-    def __init__(self, inner: Controller) -> None:
-        self.name = inner.name
-        self.inner = inner
-        self.seconds = 0.0
-
-    def plan_unseen(self, task: str, batch_size: int) -> Plan | None:
-        return self.inner.plan_unseen(task, batch_size)
-
-    def plan(self, context: RoundContext) -> Plan:
-        started = perf_counter()
-        plan = self.inner.plan(context)
-        self.seconds += perf_counter() - started
-        return plan
-
-    def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
-        started = perf_counter()
-        more = self.inner.keep_drafting(request_id, features)
-        self.seconds += perf_counter() - started
-        return more
-
-    def observe(self, record: StepRecord) -> None:
-        started = perf_counter()
-        self.inner.observe(record)
-        self.seconds += perf_counter() - started
-
-    def finish(self, request_id: int) -> None:
-        self.inner.finish(request_id)
-
-
-@dataclass(slots=True)
-class Contestant:
-    """One way to decide, at one temperature; a bench method."""
-
-    name: str
-    engine: Engine
-    controller: Timed
-    round_seconds: float = 0.0
-
-    def generate(self, prompt_ids: Sequence[int], params: SamplingParams, task: str) -> GenerationResult:
-        """Answer one prompt with this contestant's controller in the shared engine."""
-        self.engine.controller = self.controller
-        result = self.engine.generate(list(prompt_ids), params, plain=self.name == PLAIN, task=task)
-        self.round_seconds += sum(step.round_seconds for step in result.steps)
-        return result
+CLOCKS = {"wall": "tokens_per_second", "accounted": "accounted_tokens_per_second"}
+AGAINST = {"wall": "speed_vs_best_fixed", "accounted": "accounted_vs_best_fixed"}
+Tell = Callable[[], None]
 
 
 @dataclass(slots=True)
@@ -92,8 +50,9 @@ class Contest:
     """All contestants at one temperature and what they did."""
 
     params: SamplingParams
-    contestants: list[Contestant]
     samples: list[Sample] = field(default_factory=list)
+    contestants: list[Contestant] = field(default_factory=list)
+    """Of all repeats."""
 
 
 def controller_names() -> tuple[str, ...]:
@@ -110,93 +69,89 @@ def make_controller(name: str, costs: CostTable) -> Controller:
     return registry.create("fixed", costs, {"num_draft": int(length)}) if kind == "fixed" else registry.create(name, costs)
 
 
-def make_contest(engine: Engine, names: Sequence[str], params: SamplingParams) -> Contest:
-    return Contest(params, [Contestant(name, engine, Timed(make_controller(name, engine.costs))) for name in names])
+def make_contestants(engines: Sequence[Engine], names: Sequence[str], shared: ReadOnce) -> list[Contestant]:
+    """A contestant for each name, on the engine of the same place or all on the only one."""
+    engines = engines if len(engines) > 1 else [*engines] * len(names)
+    return [
+        Contestant(name, engine, TimedController(make_controller(name, engine.costs)), shared, plain=name == PLAIN)
+        for name, engine in zip(names, engines, strict=True)
+    ]
 
 
-def summary(contest: Contest) -> dict[str, Any]:
-    """One temperature's table: bench rows, each with its distance from the best fixed length of its category."""
-    rows = summarise(contest.samples, contest.params)
-    best = best_fixed(rows)
-    share = {c.name: c.controller.seconds / c.round_seconds for c in contest.contestants if c.round_seconds}
+def make_engines(target: Target, draft: str, count: int) -> list[Engine]:
+    """One engine for all or, when its drafters would tell one contestant what another wrote, one for each."""
+    engine = build_engine(Engine, target, SpeculationConfig(draft=draft))
+    if not any(remembers(drafter) for drafter in engine.drafters):
+        return [engine]
+    return [engine, *(build_engine(Engine, target, SpeculationConfig(draft=draft)) for _ in range(count - 1))]
+
+
+def summary(contest: Contest, pool: Sequence[Sample]) -> dict[str, Any]:
+    """One temperature's table: bench rows, each with its distance from the best fixed length of its category, by both clocks."""
+    rows = [asdict(row) for row in summarise(accounted(answered_by_all(contest.samples), pool), contest.params)]
+    best = {clock: best_fixed(rows, column) for clock, column in CLOCKS.items()}
+    for row in rows:
+        for clock, column in CLOCKS.items():
+            reference = best[clock].get(row["category"])
+            row[AGAINST[clock]] = row[column] / reference[column] if reference else None
+    own: dict[str, list[float]] = {}
+    for contestant in contest.contestants:
+        spent = own.setdefault(contestant.name, [0.0, 0.0])
+        spent[0] += contestant.own_seconds
+        spent[1] += contestant.round_seconds
     return {
         "temperature": contest.params.temperature,
-        "results": [asdict(row) | against(row, best) for row in rows],
-        "best_fixed": {category: row.method for category, row in best.items()},
-        "controller_share_of_round": share,
+        "best_fixed": {clock: {category: row["method"] for category, row in rows.items()} for clock, rows in best.items()},
+        "controller_share_of_round": {name: seconds / whole for name, (seconds, whole) in own.items() if whole},
+        "results": table(rows),
     }
 
 
-def best_fixed(rows: Sequence[BenchRow]) -> dict[str, BenchRow]:
+def best_fixed(rows: Sequence[dict[str, Any]], column: str) -> dict[str, dict[str, Any]]:
     """The fastest fixed length of each category, chosen in hindsight."""
-    best: dict[str, BenchRow] = {}
+    best: dict[str, dict[str, Any]] = {}
     for row in rows:
-        known = best.get(row.category)
-        if row.method.startswith("fixed_") and (known is None or row.tokens_per_second > known.tokens_per_second):
-            best[row.category] = row
+        known = best.get(row["category"])
+        if row["method"].startswith("fixed_") and (known is None or row[column] > known[column]):
+            best[row["category"]] = row
     return best
-
-
-def against(row: BenchRow, best: dict[str, BenchRow]) -> dict[str, float | None]:
-    reference = best.get(row.category)
-    return {"speed_vs_best_fixed": row.tokens_per_second / reference.tokens_per_second if reference else None}
-
-
-def raw(contests: Sequence[Contest]) -> list[list[Any]]:
-    """[temperature, method, prompt, category, tokens, decode seconds, drafted, accepted, rounds] of every answer."""
-    rows = []
-    for contest in contests:
-        for s in contest.samples:
-            done = s.result
-            counts = (done.num_tokens, done.decode_seconds, done.num_drafted, done.num_accepted, done.num_rounds)
-            rows.append([contest.params.temperature, s.method, s.prompt, s.category, *counts])
-    return rows
-
-
-def plot(runs: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Heat charts, one for each temperature: speed against plain, categories by controllers; the best fixed length is framed."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    figure = Figure(figsize=(12, 4.6 * len(runs)), layout="constrained")
-    for number, run in enumerate(runs, start=1):
-        axes = figure.add_subplot(len(runs), 1, number)
-        speed = {(row["category"], row["method"]): row["speedup_vs_plain"] for row in run["results"]}
-        categories, methods = (list(dict.fromkeys(key[i] for key in speed)) for i in (0, 1))
-        methods.remove(PLAIN)
-        grid = [[speed[category, method] for method in methods] for category in categories]
-        axes.imshow(grid, cmap="RdYlGn", vmin=0.0, vmax=2.0, aspect="auto")
-        for i, row in enumerate(grid):
-            for j, value in enumerate(row):
-                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6)
-            best = methods.index(run["best_fixed"][categories[i]])
-            axes.add_patch(Rectangle((best - 0.5, i - 0.5), 1, 1, fill=False, linewidth=1.5))
-        axes.set_xticks(range(len(methods)), methods, rotation=60, ha="right", fontsize=7)
-        axes.set_yticks(range(len(categories)), ["all prompts" if c == OVERALL else c for c in categories], fontsize=7)
-        axes.set_title(f"{title}, temperature {run['temperature']:g}: tokens a second, plain = 1", fontsize=9)
-    figure.savefig(path, dpi=130)
 
 
 def report(run: dict[str, Any]) -> None:
     """The rows over all prompts, and where the pacer stands in its worst category."""
-    print(f"temperature {run['temperature']:g}; best fixed over all: {run['best_fixed'][OVERALL]}")
-    overall = [row for row in run["results"] if row["category"] == OVERALL]
-    for row in sorted(overall, key=lambda row: -row["tokens_per_second"]):
+    best = {clock: names[OVERALL] for clock, names in run["best_fixed"].items()}
+    print(f"temperature {run['temperature']:g}; best fixed over all: {best['wall']} by the wall, {best['accounted']} accounted")
+    rows = table_rows(run["results"])
+    for row in sorted((r for r in rows if r["category"] == OVERALL), key=lambda row: -row["accounted_tokens_per_second"]):
         own = run["controller_share_of_round"].get(row["method"], 0.0)
-        plain = row["speedup_vs_plain"] or 0.0
-        print(f"{row['method']:>16} {row['tokens_per_second']:8.1f} tok/s  {plain:.3f}x plain  own time {own:.2%}")
-    pacer = [row for row in run["results"] if row["method"] == "pacer"]
-    for reference in ("speedup_vs_plain", "speed_vs_best_fixed"):
-        worst = min(pacer, key=lambda row: row[reference], default=None)
+        print(
+            f"{row['method']:>16} wall {row['tokens_per_second']:6.1f} tok/s {row['speedup_vs_plain']:.3f}x plain, accounted "
+            f"{row['accounted_tokens_per_second']:6.1f} {row['accounted_vs_plain']:.3f}x, own time {own:.2%}"
+        )
+    pacer = [row for row in rows if row["method"] == "pacer"]
+    for column in ("speedup_vs_plain", "accounted_vs_plain", *AGAINST.values()):
+        worst = min(pacer, key=lambda row: row[column], default=None)
         if worst is not None:
-            print(f"pacer, worst {reference}: {worst[reference]:.3f}x in {worst['category']}")
+            print(f"pacer, worst {column}: {worst[column]:.3f} in {worst['category']}")
+
+
+def document(contests: Sequence[Contest]) -> dict[str, Any]:
+    """Tables and answers of all temperatures so far."""
+    pool = [sample for contest in contests for sample in contest.samples]
+    answers = [
+        {"temperature": contest.params.temperature} | sample_row(sample)
+        for contest in contests
+        for sample in accounted(contest.samples, pool)
+    ]
+    return {"runs": [summary(contest, pool) for contest in contests if contest.samples], "samples": table(answers)}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", required=True)
-    parser.add_argument("--limit", type=int, help="most prompts of each category")
-    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--limit", type=int, default=2, help="most prompts of each category")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=1, help="times that every prompt is answered, by fresh controllers")
     parser.add_argument("--model", default="default")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--draft", default="ngram")
@@ -212,50 +167,61 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def main() -> None:
+def measure(options: argparse.Namespace, target: Target, engines: Sequence[Engine], contests: list[Contest], tell: Tell) -> None:
+    """All contests, one after the other; `tell` is called after each answer."""
+    names = options.controllers.split(",")
+    longest = target.runner.info.max_context - options.max_tokens
+    prompts = encode_prompts(target.source.tokenizer, load_prompts(options.prompts, limit=options.limit), longest=longest)
+    shared = ReadOnce(target.runner)
+    for temperature in map(float, options.temperatures.split(",")):
+        seed = None if options.unseeded else 0
+        contest = Contest(SamplingParams(max_tokens=options.max_tokens, temperature=temperature, seed=seed, ignore_eos=True))
+        contests.append(contest)
+
+        def make(contest: Contest = contest) -> list[Contestant]:
+            own = engines if len(engines) == 1 else make_engines(target, options.draft, len(names))
+            made = make_contestants(own, names, shared)
+            contest.contestants += made
+            return made
+
+        def keep(sample: Sample, contest: Contest = contest) -> None:
+            contest.samples.append(sample)
+            tell()
+
+        hold(make, prompts, contest.params, repeats=options.repeats, label=f"T = {temperature:g}", keep=keep)
+
+
+def main() -> int:
     options = parse()
-    for path in (options.json, options.plot):
-        if path is not None:
-            check_writable(path)
-    target = load_target(options.model, RunnerConfig(precision=options.precision))
-    engine = build_engine(Engine, target, SpeculationConfig(draft=options.draft))
-    contests = [
-        make_contest(
-            engine,
-            options.controllers.split(","),
-            SamplingParams(max_tokens=options.max_tokens, temperature=t, seed=None if options.unseeded else 0, ignore_eos=True),
-        )
-        for t in map(float, options.temperatures.split(","))
-    ]
-    prompts = load_prompts(options.prompts, limit=options.limit)
-    document: dict[str, Any] = {
-        "environment": environment() | {"model": options.model, "runner": asdict(engine.runner.info)},
+    if options.plot is not None:
+        check_writable(options.plot)
+    target = load_target(options.model, RunnerConfig(precision=options.precision), print)
+    engines = make_engines(target, options.draft, len(options.controllers.split(",")))
+    contests: list[Contest] = []
+    about = {
+        "environment": environment() | {"model": options.model, "runner": asdict(target.runner.info)},
         "command": command(),
-        "complete": False,
         "draft": options.draft,
         "max_tokens": options.max_tokens,
-        "costs": engine.costs.to_json(),
+        "repeats": options.repeats,
+        "costs": engines[0].costs.to_json(),
     }
-    warm_up = engine.tokenizer.encode(prompts[0].text)
-    for plain in (True, False):
-        engine.generate(warm_up, SamplingParams(max_tokens=16), plain=plain)
-    with Progress() as progress:
-        bar = progress.add_task("controllers", total=len(prompts) * sum(len(c.contestants) for c in contests))
-        for number, prompt in enumerate(prompts):
-            ids = engine.tokenizer.encode(engine.render_chat([{"role": "user", "content": prompt.text}]), add_special=False)
-            for contest in contests:
-                for contestant in rotated(contest.contestants, number):
-                    result = contestant.generate(ids, contest.params, prompt.category)
-                    contest.samples.append(Sample(contestant.name, number, prompt.category, result))
-                    progress.advance(bar)
-            write_json(options.json, document | {"samples": raw(contests)})
-    runs = [summary(contest) for contest in contests]
-    write_json(options.json, document | {"complete": True, "runs": runs, "samples": raw(contests)})
-    if options.plot is not None:
-        plot(runs, options.plot, f"{options.draft} drafts")
+    recording = Recording(options.json, lambda: about | document(contests))
+    complete = False
+    try:
+        measure(options, target, engines, contests, recording.update)
+        complete = True
+    except KeyboardInterrupt:
+        print("interrupted; the figures cover the prompts that all controllers answered", file=sys.stderr)
+    runs = recording.write(complete=complete)["runs"]
+    if options.plot is not None and runs:
+        title = f"{options.draft} drafts, temperature"
+        parts = [(f"{title} {run['temperature']:g}", table_rows(run["results"]), run["best_fixed"]["accounted"]) for run in runs]
+        heat_chart([speed_panel(name, rows, bold="pacer", best=best) for name, rows, best in parts], options.plot)
     for run in runs:
         report(run)
+    return 0 if complete else 130
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -2,39 +2,41 @@
 
     python benchmarks/drafters.py --prompts A.jsonl --prompts B.jsonl --json benchmarks/results/drafters.json
 
-One interleaved run for each temperature: every prompt is answered by every drafter before the next one begins. A drafter that
-cannot be made here is listed with the reason. What is done is written every other minute and at the end, Ctrl-C included.
-`python benchmarks/make_tables.py` writes the tables into docs/drafting.md.
+One interleaved run for each temperature: every prompt is answered by every drafter before the next one begins, after one pass over
+it for all. With --repeats each drafter begins anew each time (nothing remembered), and a prompt counts with its median. Two clocks:
+the wall, and the accounted one (`study/accounting.py`). A drafter that cannot be made here is listed with the reason. What is done
+is written every other minute and at the end, Ctrl-C included. `python benchmarks/make_tables.py` writes the tables into
+docs/drafting.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from time import monotonic
 from typing import Any
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from paceline.assembly import Target, build_engine, load_target
 from paceline.config import RunnerConfig, SamplingParams, SpeculationConfig
 from paceline.drafting.registry import TABLE, names
 from paceline.engine import Engine
 from paceline.errors import PacelineError
-from paceline.study.bench import PLAIN, Sample, run, summarise
+from paceline.study.accounting import accounted
+from paceline.study.bench import OVERALL, PLAIN, Sample, summarise
+from paceline.study.charts import heat_chart
+from paceline.study.contest import Contestant, ReadOnce, TimedController, answered_by_all, hold
 from paceline.study.environment import command, environment
-from paceline.study.methods import EngineMethod, split_names
-from paceline.study.prompts import BenchPrompt, load_prompts
-from paceline.study.report import check_writable, plot_results, write_json
+from paceline.study.methods import split_names
+from paceline.study.prompts import BenchPrompt, encode_prompts, load_prompts
+from paceline.study.report import Recording, sample_row, speed_panel, table, table_rows
 
 JOINED = ("auto", "ngram,suffix", "merged:ngram|suffix", "merged:suffix|token_recycling+tree")
 """Compositions that are measured beside the single drafters."""
-WRITE_EVERY = 120.0
-"""Seconds between two writes of the result."""
 Encoded = list[tuple[BenchPrompt, list[int]]]
+Tell = Callable[[], None]
 
 
 @dataclass(slots=True)
@@ -46,13 +48,14 @@ class Pass:
     memory: dict[str, int] = field(default_factory=dict)
     """Bytes of each drafter's shared stores and weights after its last answer."""
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of `paceline bench`, with what drafting costs."""
+    def rows(self, pool: Sequence[Sample]) -> list[dict[str, Any]]:
+        """The rows of `paceline bench`, with what drafting costs. pool: all answers of the run."""
+        samples = accounted(answered_by_all(self.samples), pool)
         return [
             asdict(row)
-            | draft_costs([s for s in self.samples if s.method == row.method and row.category in ("all", s.category)])
+            | draft_costs([s for s in samples if s.method == row.method and row.category in (OVERALL, s.category)])
             | {"memory_bytes": self.memory.get(row.method, 0)}
-            for row in summarise(self.samples, self.params)
+            for row in summarise(samples, self.params)
         ]
 
 
@@ -80,71 +83,49 @@ def not_named(drafters: Sequence[str]) -> dict[str, str]:
     return {kind: f"needs {entry.needs}; see --also" for kind, entry in TABLE.items() if entry.argument and kind not in kinds}
 
 
-def make_methods(target: Target, drafters: Sequence[str], left_out: dict[str, str]) -> list[EngineMethod]:
-    """Plain decoding and a method for each drafter that can be made; `left_out` gets the others with the reason."""
-    methods = [EngineMethod(PLAIN, build_engine(Engine, target, SpeculationConfig(draft="none")), plain=True)]
-    for name in drafters:
+def make_contestants(target: Target, drafters: Sequence[str], shared: ReadOnce, left_out: dict[str, str]) -> list[Contestant]:
+    """Plain decoding and each drafter that can be made under the pacer; `left_out` gets the others with the reason."""
+    made = []
+    for name in (PLAIN, *drafters):
         try:
-            methods.append(EngineMethod(name, build_engine(Engine, target, SpeculationConfig(draft=name))))
+            engine = build_engine(Engine, target, SpeculationConfig(draft="none" if name == PLAIN else name))
         except PacelineError as error:
             left_out[name] = str(error)
-    return methods
+        else:
+            made.append(Contestant(name, engine, TimedController(engine.controller), shared, plain=name == PLAIN))
+    return made
 
 
-def encode(target: Target, sources: Sequence[str], limit: int | None, room: int) -> Encoded:
-    """Prompts of all files as token ids; those that leave less than `room` tokens for an answer are left out."""
-    tokenizer = target.source.tokenizer
-    prompts = [prompt for source in sources for prompt in load_prompts(source, limit=limit)]
-    encoded = [
-        (p, tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": p.text}]), add_special=False)) for p in prompts
-    ]
-    return [(prompt, ids) for prompt, ids in encoded if len(ids) + room < target.runner.info.max_context]
+def document(passes: Sequence[Pass]) -> dict[str, Any]:
+    """Tables and answers of all temperatures so far."""
+    pool = [sample for p in passes for sample in p.samples]
+    runs = [{"sampling": asdict(p.params), "results": table(p.rows(pool))} for p in passes if p.samples]
+    answers = [{"temperature": p.params.temperature} | sample_row(s) for p in passes for s in accounted(p.samples, pool)]
+    return {"runs": runs, "samples": table(answers)}
 
 
-class Report:
-    """The result document, written while it grows."""
+def measure(
+    target: Target, drafters: Sequence[str], prompts: Encoded, current: Pass, repeats: int, left_out: dict[str, str], tell: Tell
+) -> None:
+    """One pass: all drafters on all prompts; `tell` is called after each answer."""
+    shared = ReadOnce(target.runner)
+    contestants: dict[str, Contestant] = {}
 
-    def __init__(self, target: Target, options: argparse.Namespace, num_prompts: int) -> None:
-        info = asdict(target.runner.info)
-        self._path: Path = options.json
-        self._fixed: dict[str, Any] = {
-            "environment": environment() | {"model": target.source.name, "runner": info},
-            "command": command(),
-            "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
-            "num_prompts": num_prompts,
-        }
-        self.passes: list[Pass] = []
-        self.left_out: dict[str, str] = {}
-        self._written = monotonic()
+    def make() -> list[Contestant]:
+        contestants.clear()
+        gc.collect()  # drafters' own copies of weights
+        made = make_contestants(target, drafters, shared, left_out)
+        contestants.update((contestant.name, contestant) for contestant in made)
+        return made
 
-    def document(self, *, complete: bool) -> dict[str, Any]:
-        runs = [{"sampling": asdict(p.params), "results": p.rows()} for p in self.passes if p.samples]
-        return self._fixed | {"complete": complete, "left_out": self.left_out, "runs": runs}
+    def keep(sample: Sample) -> None:
+        current.samples.append(sample)
+        drafting = contestants[sample.method].engine.drafters
+        current.memory[sample.method] = sum(drafter.memory_bytes() for drafter in drafting)
+        tell()
 
-    def write(self, *, complete: bool = False, now: bool = False) -> None:
-        if now or monotonic() - self._written > WRITE_EVERY:
-            write_json(self._path, self.document(complete=complete))
-            self._written = monotonic()
-
-
-def measure(target: Target, drafters: Sequence[str], prompts: Encoded, params: SamplingParams, report: Report) -> None:
-    """One pass: all drafters on all prompts."""
-    methods = make_methods(target, drafters, report.left_out)
-    current = Pass(params)
-    report.passes.append(current)
-    drafting = {method.name: method.engine.drafters for method in methods}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        bar = progress.add_task("warming up", total=len(methods) * len(prompts))
-
-        def show(method: str, prompt: BenchPrompt) -> None:
-            progress.update(bar, description=f"T = {params.temperature:g}, {prompt.category}: {method}")
-
-        for sample in run(methods, prompts, params, on_start=show):
-            current.samples.append(sample)
-            current.memory[sample.method] = sum(drafter.memory_bytes() for drafter in drafting[sample.method])
-            progress.advance(bar)
-            report.write()
+    label = f"T = {current.params.temperature:g}"
+    hold(make, prompts, current.params, repeats=repeats, label=label, keep=keep)
 
 
 def parse() -> argparse.Namespace:
@@ -156,36 +137,47 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--limit", type=int, default=2, help="prompts of each category")
     parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=1, help="times that every prompt is answered, by fresh drafters")
     parser.add_argument("--temperatures", default="0,1")
     parser.add_argument("--seed", type=int, default=0, help="of sampled answers, which then must equal plain decoding's; -1: none")
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--plot", type=Path, help="PNG file; other temperatures than the first add -t1 and so on")
+    parser.add_argument("--plot", type=Path, help="PNG file")
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     options = parse()
-    check_writable(options.json)
     target = load_target(options.model, RunnerConfig(precision=options.precision), print)
     drafters = [*(split_names(options.drafters) or default_drafters()), *split_names(options.also)]
-    prompts = encode(target, options.prompts, options.limit, options.max_tokens)
-    report = Report(target, options, len(prompts))
-    report.left_out |= not_named(drafters)
+    loaded = [prompt for source in options.prompts for prompt in load_prompts(source, limit=options.limit)]
+    prompts = encode_prompts(target.source.tokenizer, loaded, longest=target.runner.info.max_context - options.max_tokens - 1)
+    passes: list[Pass] = []
+    left_out = not_named(drafters)
+    about = {
+        "environment": environment() | {"model": target.source.name, "runner": asdict(target.runner.info)},
+        "command": command(),
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+        "num_prompts": len(prompts),
+        "left_out": left_out,
+    }
+    recording = Recording(options.json, lambda: about | document(passes))
     complete = False
     try:
         for temperature in map(float, options.temperatures.split(",")):
             seed = options.seed if temperature > 0 and options.seed >= 0 else None
-            params = SamplingParams(max_tokens=options.max_tokens, temperature=temperature, seed=seed)
-            measure(target, drafters, prompts, params, report)
-            gc.collect()  # drafters' own copies of weights
+            passes.append(Pass(SamplingParams(max_tokens=options.max_tokens, temperature=temperature, seed=seed)))
+            measure(target, drafters, prompts, passes[-1], options.repeats, left_out, recording.update)
         complete = True
+    except KeyboardInterrupt:
+        print("interrupted; the figures cover the prompts that all drafters answered", file=sys.stderr)
     finally:
-        report.write(complete=complete, now=True)
-    if options.plot is not None:
-        for number, part in enumerate(report.document(complete=True)["runs"]):
-            suffix = f"-t{part['sampling']['temperature']:g}" if number else ""
-            plot_results(part, options.plot.with_stem(options.plot.stem + suffix))
+        runs = recording.write(complete=complete)["runs"]
+    if options.plot is not None and runs:
+        title = "drafters under the pacer, temperature"
+        parts = [(f"{title} {run['sampling']['temperature']:g}", table_rows(run["results"])) for run in runs]
+        heat_chart([speed_panel(name, rows, bold="auto") for name, rows in parts], options.plot)
+    return 0 if complete else 130
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

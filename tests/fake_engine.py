@@ -18,6 +18,9 @@ class CharacterTokenizer:
     end_ids = frozenset({0})
     has_chat_template = True
 
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         return [ord(character) % 256 for character in text]
 
@@ -63,7 +66,7 @@ class FakeEngine:
         self.closed = False
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+        return self.tokenizer.render_chat(messages)
 
     def stream(self, prompt: Any, params: SamplingParams, *, plain: bool = False, task: str = "") -> Iterator[Event]:
         text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)

@@ -40,7 +40,7 @@ def bench(
 ) -> None:
     """Time methods on the same prompts in one run, in rotating order, and compare every answer with plain decoding's."""
     from paceline.study.methods import make_methods, split_names
-    from paceline.study.prompts import load_prompts
+    from paceline.study.prompts import encode_prompts, load_prompts
     from paceline.study.report import check_writable
 
     if settings.sampling.n > 1 or settings.sampling.logprobs is not None:
@@ -60,7 +60,8 @@ def bench(
     try:
         made = make_methods(names, remember)
         chat = engines[0].tokenizer.has_chat_template and not raw
-        samples, broken = _measure(made, _encode(engines[0], prompt_set, chat), settings.sampling, repeats, warm_up)
+        encoded = encode_prompts(engines[0].tokenizer, prompt_set, chat=chat)
+        samples, broken = _measure(made, encoded, settings.sampling, repeats, warm_up)
         options = {"prompts": prompts, "methods": names, "limit": limit, "repeats": repeats, "warm_up": warm_up, "chat": chat}
         if samples:
             _finish(engines[0], samples, prompt_set, settings, options, complete=broken is None, json_file=json_file, plot=plot)
@@ -69,15 +70,6 @@ def bench(
             engine.close()
     if broken is not None:
         raise typer.Exit(130) if isinstance(broken, KeyboardInterrupt) else broken
-
-
-def _encode(engine: Engine, prompts: list[BenchPrompt], chat: bool) -> list[tuple[BenchPrompt, list[int]]]:
-    """Token ids of every prompt, so that all methods read the same."""
-    encoded = []
-    for prompt in prompts:
-        text = engine.render_chat([{"role": "user", "content": prompt.text}]) if chat else prompt.text
-        encoded.append((prompt, engine.tokenizer.encode(text, add_special=not chat)))
-    return encoded
 
 
 def _measure(

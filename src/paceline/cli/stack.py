@@ -57,15 +57,14 @@ def stack(
 def _measure(
     settings: Settings, levels: str, prompts: str, limit: int | None, raw: bool
 ) -> tuple[list[StackLevel], Acceptance, dict[str, Any]]:
-    from paceline.study.prompts import load_prompts
+    from paceline.study.prompts import encode_prompt, load_prompts
     from paceline.study.stack_measure import measure_levels
 
     prompt_set = load_prompts(prompts, limit=limit)
     console = Console(stderr=True)
     with loading.open_engine(replace(settings, speculation=SpeculationConfig(draft=levels))) as engine:
         chat = engine.tokenizer.has_chat_template and not raw
-        texts = [engine.render_chat([{"role": "user", "content": p.text}]) if chat else p.text for p in prompt_set]
-        encoded = [engine.tokenizer.encode(text, add_special=not chat) for text in texts]
+        encoded = [encode_prompt(engine.tokenizer, prompt.text, chat=chat) for prompt in prompt_set]
         with console.status("measuring") as status:
             measured, acceptance = measure_levels(engine, encoded, settings.sampling, status.update)
         facts = {"model": loading.source_name(engine), "runner": asdict(engine.runner.info)}

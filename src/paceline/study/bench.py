@@ -6,9 +6,11 @@ load falls on all methods alike (`docs/benchmarks.md`). Metrics are those of `re
 
 from __future__ import annotations
 
+import gc
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -45,6 +47,8 @@ class Sample:
     """Index into the prompt set."""
     category: str
     result: GenerationResult
+    accounted_seconds: float | None = None
+    """Decode seconds at the prices of the whole run (`study/accounting.py`); None: not accounted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,24 @@ class BenchRow:
     """Share of round time spent drafting; None without rounds."""
     verify_share: float | None
     control_share: float | None
+    accounted_tokens_per_second: float | None = None
+    """Emitted tokens over accounted seconds; None where an answer has none."""
+    accounted_vs_plain: float | None = None
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """The garbage collector neither runs nor looks at what is there already; as before afterwards."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 def run(
@@ -103,12 +125,14 @@ def run(
             show(method.name, prompts[0][0])
             method.generate(prompts[0][1], short, prompts[0][0].category)
     turn = 0
-    for _ in range(repeats):
-        for index, (prompt, prompt_ids) in enumerate(prompts):
-            for method in rotated(methods, turn):
-                show(method.name, prompt)
-                yield Sample(method.name, index, prompt.category, method.generate(prompt_ids, params, prompt.category))
-            turn += 1
+    with without_collector():
+        for _ in range(repeats):
+            for index, (prompt, prompt_ids) in enumerate(prompts):
+                for method in rotated(methods, turn):
+                    show(method.name, prompt)
+                    gc.collect(1)  # what the answer before left, not while this one is timed
+                    yield Sample(method.name, index, prompt.category, method.generate(prompt_ids, params, prompt.category))
+                turn += 1
 
 
 def rotated(methods: Sequence[Method], turn: int) -> list[Method]:
@@ -124,29 +148,38 @@ class _Timing:
     tokens: int
     decode_seconds: float
     seconds: float
+    accounted_seconds: float | None
 
 
 def _timings(samples: Sequence[Sample]) -> dict[int, _Timing]:
-    by_prompt: dict[int, list[GenerationResult]] = {}
+    by_prompt: dict[int, list[Sample]] = {}
     for sample in samples:
-        by_prompt.setdefault(sample.prompt, []).append(sample.result)
-    return {prompt: _median_timing(results) for prompt, results in by_prompt.items()}
+        by_prompt.setdefault(sample.prompt, []).append(sample)
+    return {prompt: _median_timing(repeats) for prompt, repeats in by_prompt.items()}
 
 
-def _median_timing(results: Sequence[GenerationResult]) -> _Timing:
+def _median_timing(repeats: Sequence[Sample]) -> _Timing:
     """Seconds are scaled to the first answer's length: without a seed, sampled repeats differ in length."""
-    tokens = results[0].num_tokens
-    scales = [tokens / max(result.num_tokens, 1) for result in results]
+    tokens = repeats[0].result.num_tokens
+    scales = [tokens / max(sample.result.num_tokens, 1) for sample in repeats]
+    accounted = [s.accounted_seconds * scale for s, scale in zip(repeats, scales, strict=True) if s.accounted_seconds is not None]
     return _Timing(
         tokens=tokens,
-        decode_seconds=statistics.median(r.decode_seconds * scale for r, scale in zip(results, scales, strict=True)),
-        seconds=statistics.median(r.seconds * scale for r, scale in zip(results, scales, strict=True)),
+        decode_seconds=statistics.median(s.result.decode_seconds * scale for s, scale in zip(repeats, scales, strict=True)),
+        seconds=statistics.median(s.result.seconds * scale for s, scale in zip(repeats, scales, strict=True)),
+        accounted_seconds=statistics.median(accounted) if len(accounted) == len(repeats) else None,
     )
 
 
 def _speed(timings: Sequence[_Timing]) -> float:
     seconds = sum(timing.decode_seconds for timing in timings)
     return sum(timing.tokens for timing in timings) / seconds if seconds else 0.0
+
+
+def _accounted_speed(timings: Sequence[_Timing]) -> float | None:
+    """None where any answer is not accounted."""
+    seconds = [timing.accounted_seconds for timing in timings if timing.accounted_seconds]
+    return sum(t.tokens for t in timings) / sum(seconds) if seconds and len(seconds) == len(timings) else None
 
 
 def bootstrap_ratio(ours: Sequence[_Timing], plain: Sequence[_Timing]) -> tuple[float, float] | None:
@@ -182,6 +215,7 @@ def _row(method: str, category: str, samples: Sequence[Sample], plain: Sequence[
     shared = [prompt for prompt in timings if prompt in plain_timings]
     ours, base = [timings[prompt] for prompt in shared], [plain_timings[prompt] for prompt in shared]
     plain_speed = _speed(base)
+    accounted, accounted_plain = _accounted_speed(ours), _accounted_speed(base)
     steps = [step for sample in samples for step in sample.result.steps]
     round_seconds = sum(step.round_seconds for step in steps)
     drafted, accepted = sum(step.num_drafted for step in steps), sum(step.num_accepted for step in steps)
@@ -215,6 +249,8 @@ def _row(method: str, category: str, samples: Sequence[Sample], plain: Sequence[
         draft_share=share(sum(step.draft_seconds for step in steps)),
         verify_share=share(sum(step.verify_seconds for step in steps)),
         control_share=share(sum(step.control_seconds for step in steps)),
+        accounted_tokens_per_second=_accounted_speed(list(timings.values())),
+        accounted_vs_plain=accounted / accounted_plain if accounted and accounted_plain else None,
     )
 
 

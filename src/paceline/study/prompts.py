@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paceline.errors import OptionError, PromptError
+
+if TYPE_CHECKING:
+    from paceline.models.base import Tokenizer
 
 BUILT_IN = "builtin"
 """24 prompts of six kinds."""
@@ -88,3 +91,17 @@ def _first_of_each(prompts: Iterable[BenchPrompt], limit: int) -> list[BenchProm
         if taken[prompt.category] <= limit:
             kept.append(prompt)
     return kept
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, *, chat: bool = True) -> list[int]:
+    """Token ids of a text, as the user's turn in the tokenizer's chat template or, without `chat`, as it is."""
+    rendered = tokenizer.render_chat([{"role": "user", "content": text}]) if chat else text
+    return tokenizer.encode(rendered, add_special=not chat)
+
+
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[BenchPrompt], *, longest: int | None = None, chat: bool = True
+) -> list[tuple[BenchPrompt, list[int]]]:
+    """Every prompt with its token ids (see `encode_prompt`). longest: prompts of more tokens are left out; None keeps all."""
+    encoded = [(prompt, encode_prompt(tokenizer, prompt.text, chat=chat)) for prompt in prompts]
+    return [(prompt, ids) for prompt, ids in encoded if longest is None or len(ids) <= longest]

@@ -8,10 +8,10 @@ sequences of a round to draft alike.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from paceline.control import registry
@@ -143,28 +143,29 @@ def run_replay(
 
 
 def plot_replay(results: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Heat chart of speed against plain decoding, regimes by controllers, written to `path`.
+    """Heat chart of speed against plain decoding, written to `path`: controllers, the fastest first, by cost curves and by shapes
+    (geometric means), and the worst regime of each.
 
-    results: the `results` of `run_replay`. Raises OptionError when matplotlib is missing or there is nothing to draw.
+    results: the `results` of `run_replay`. Raises PacelineError when matplotlib is missing, OptionError when there is nothing to
+    draw.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OptionError("plot: needs matplotlib; install the `study` extra") from error
+    from paceline.study.charts import Panel, heat_chart
+
     if not results:
         raise OptionError("plot: no results to draw")
-    regimes = list(dict.fromkeys(row["regime"] for row in results))
-    names = list(dict.fromkeys(row["controller"] for row in results))
-    speed = {(row["regime"], row["controller"]): row["speedup_vs_plain"] for row in results}
-    grid = [[math.log2(max(speed.get((regime, name), math.nan), 1 / 64)) for name in names] for regime in regimes]
-    figure = Figure(figsize=(2.5 + 0.42 * len(names), 2.0 + 0.32 * len(regimes)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.imshow(grid, cmap="RdYlGn", vmin=-1.5, vmax=1.5, aspect="auto")
-    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
-    axes.set_yticks(range(len(regimes)), regimes, fontsize=7)
-    for i, regime in enumerate(regimes):
-        for j, name in enumerate(names):
-            if (regime, name) in speed:
-                axes.text(j, i, f"{speed[regime, name]:.2f}", ha="center", va="center", fontsize=5)
-    axes.set_title("Speed against plain decoding (1.00 = plain)", fontsize=9)
-    figure.savefig(path, dpi=150)
+    speeds: dict[str, dict[str, list[float]]] = {}
+    for row in results:
+        shape, _, curve = row["regime"].partition("@")
+        own = speeds.setdefault(row["controller"], {})
+        for group in dict.fromkeys(("all", curve or shape, shape)):
+            own.setdefault(group, []).append(row["speedup_vs_plain"])
+    names = sorted(speeds, key=lambda name: -geometric_mean(speeds[name]["all"]))
+    curves, shapes = (list(dict.fromkeys(row["regime"].partition("@")[part] for row in results)) for part in (2, 0))
+    groups = [*(curve for curve in curves if curve), *shapes]
+    values = [
+        [geometric_mean(own["all"]), min(own["all"]), *(geometric_mean(own[group]) if group in own else None for group in groups)]
+        for own in (speeds[name] for name in names)
+    ]
+    title = "speed, plain decoding = 1: geometric means over all regimes, each cost curve, each shape"
+    columns = ["all regimes", "worst regime", *groups]
+    heat_chart([Panel(title, names, columns, values, bold=["pacer"], breaks=[1, len(groups) - len(shapes) + 1])], Path(path))

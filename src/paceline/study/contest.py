@@ -1,0 +1,180 @@
+"""Contestants of one comparison: they share a target and read each prompt once, and their controllers' whole time is charged.
+
+`hold` answers all prompts by all contestants, in rotating order, as often as wished; each repeat begins anew, so that nothing
+which a drafter or a controller remembers from an earlier repeat helps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from paceline.config import SamplingParams
+from paceline.control.base import Controller, RoundContext
+from paceline.drafting.base import Drafter
+from paceline.engine import Engine
+from paceline.execution.base import Runner, SequenceHandle, prefill
+from paceline.records import DraftFeatures, GenerationResult, Plan, StepRecord
+from paceline.study.bench import Sample, run
+from paceline.study.prompts import BenchPrompt
+
+WARM_UP = "Write a short letter to a friend about a walk along the sea."
+"""No prompt of the comparison: drafters that remember would know its answer."""
+_WARM_UP_TOKENS = 16
+
+
+class TimedController(Controller):
+    """Decides as another controller does, and counts what the engine's records lack: learning, and stopping a draft."""
+
+    def __init__(self, inner: Controller) -> None:
+        self.name = inner.name
+        self.inner = inner
+        self.stopping_seconds = 0.0
+        """In `keep_drafting`, which a record counts as drafting."""
+        self._learning: list[float] = []
+
+    def plan_unseen(self, task: str, batch_size: int) -> Plan | None:
+        return self.inner.plan_unseen(task, batch_size)
+
+    def plan(self, context: RoundContext) -> Plan:
+        return self.inner.plan(context)
+
+    def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
+        started = perf_counter()
+        more = self.inner.keep_drafting(request_id, features)
+        self.stopping_seconds += perf_counter() - started
+        return more
+
+    def observe(self, record: StepRecord) -> None:
+        started = perf_counter()
+        self.inner.observe(record)
+        self._learning.append(perf_counter() - started)
+
+    def finish(self, request_id: int) -> None:
+        self.inner.finish(request_id)
+
+    def charge(self, result: GenerationResult) -> GenerationResult:
+        """An answer of one sequence with the time of learning in `control_seconds` and `round_seconds` of its rounds."""
+        learning, self._learning = self._learning, []
+        steps = (
+            replace(step, control_seconds=step.control_seconds + more, round_seconds=step.round_seconds + more)
+            for step, more in zip(result.steps, learning, strict=True)
+        )
+        return replace(result, steps=tuple(steps))
+
+
+class ReadOnce:
+    """A runner whose sequences begin with a prompt that was read before: a fork of it, instead of one more pass.
+
+    For an engine's own sequences only: drafters keep the runner itself.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._prompt: list[int] = []
+        self._sequence: SequenceHandle | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def read(self, prompt_ids: Sequence[int]) -> None:
+        """Sequences opened from now on hold this prompt but for its last token."""
+        prompt = list(prompt_ids)
+        if self._sequence is not None and prompt == self._prompt:
+            return
+        if self._sequence is not None:
+            self._runner.close(self._sequence)
+        self._prompt, self._sequence = prompt, self._runner.open()
+        prefill(self._runner, self._sequence, prompt[:-1])
+
+    def open(self) -> SequenceHandle:
+        return self._runner.open() if self._sequence is None else self._runner.fork(self._sequence)
+
+
+@dataclass(slots=True)
+class Contestant:
+    """One way to decide or to draft; a bench method."""
+
+    name: str
+    engine: Engine
+    controller: TimedController
+    shared: ReadOnce
+    plain: bool = False
+    round_seconds: float = 0.0
+    own_seconds: float = 0.0
+    """In its controller: planning, stopping drafts, learning."""
+
+    def generate(self, prompt_ids: Sequence[int], params: SamplingParams, task: str) -> GenerationResult:
+        """Answer one prompt with this contestant's controller and the engine's drafters."""
+        self.engine.controller = self.controller
+        stopping = self.controller.stopping_seconds
+        with self._prompt_read(prompt_ids):
+            answer = self.engine.generate(list(prompt_ids), params, plain=self.plain, task=task)
+        result = self.controller.charge(answer)
+        self.round_seconds += sum(step.round_seconds for step in result.steps)
+        self.own_seconds += sum(s.control_seconds for s in result.steps) + self.controller.stopping_seconds - stopping
+        return result
+
+    @contextmanager
+    def _prompt_read(self, prompt_ids: Sequence[int]) -> Iterator[None]:
+        """Heads must see the target's states of the prompt, so their engines read it themselves."""
+        if any(drafter.wants_hidden for drafter in self.engine.drafters):
+            yield
+            return
+        runner: Any = self.engine.runner
+        self.shared.read(prompt_ids)
+        self.engine.runner = self.shared  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            self.engine.runner = runner
+
+
+def remembers(drafter: Drafter) -> bool:
+    """Whether a drafter keeps texts of earlier requests."""
+    return type(drafter).finish_request is not Drafter.finish_request
+
+
+def hold(
+    make: Callable[[], Sequence[Contestant]],
+    prompts: Sequence[tuple[BenchPrompt, Sequence[int]]],
+    params: SamplingParams,
+    *,
+    repeats: int,
+    label: str,
+    keep: Callable[[Sample], None],
+) -> None:
+    """Answer every prompt by every contestant, `repeats` times, with fresh contestants each time; `keep` gets each answer.
+
+    Shows how far it is and how long it will take.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task(f"{label}: making ready", total=None)
+
+        def show(method: str, prompt: BenchPrompt) -> None:
+            progress.update(bar, description=f"{label}, {prompt.category}: {method}")
+
+        for _ in range(repeats):
+            contestants = make()
+            progress.update(bar, total=repeats * len(contestants) * len(prompts))
+            short = replace(params, max_tokens=min(_WARM_UP_TOKENS, params.max_tokens), min_tokens=0)
+            for contestant in contestants:
+                contestant.generate(contestant.engine.tokenizer.encode(WARM_UP), short, "")
+            for sample in run(contestants, prompts, params, warm_up_tokens=0, on_start=show):
+                keep(sample)
+                progress.advance(bar)
+
+
+def answered_by_all(samples: Sequence[Sample]) -> list[Sample]:
+    """Without the prompts that an interruption kept from some of the methods; all samples when there are no others."""
+    methods = {sample.method for sample in samples}
+    answered: dict[int, set[str]] = {}
+    for sample in samples:
+        answered.setdefault(sample.prompt, set()).add(sample.method)
+    return [s for s in samples if answered[s.prompt] == methods] or list(samples)
