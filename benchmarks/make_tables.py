@@ -4,8 +4,8 @@
     python benchmarks/make_tables.py --check    # fail when a page is out of date
 
 Every number comes from benchmarks/results/*.json; nothing is typed by hand. A new file appears by itself: results of `paceline
-bench` and of the scripts in `SECTIONS` in a form of their own, any other list of flat results as it is. Unfinished runs are left
-out.
+bench` and of the scripts in `SECTIONS` in a form of their own, any other list of flat results as it is. What few readers need
+(every category, every controller) is folded away. Unfinished runs are left out.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
+
+from paceline.study.report import table_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -26,6 +27,8 @@ DRAFTERS = ("<!-- drafters:begin -->", "<!-- drafters:end -->")
 NOTHING = "No results are recorded yet."
 MOST_FLAT = 40
 """Rows up to which a list of flat results is shown as it is."""
+LEADERS = 5
+"""Lines of a long table that are shown; the rest is folded away, but for the references."""
 
 Row = Mapping[str, Any]
 Document = dict[str, Any]
@@ -36,9 +39,10 @@ NAME = "`{}`"
 RATIO = "{:.2f}x"
 SPEEDS: Columns = (("tokens/s", "tokens_per_second", "{:.1f}"), ("against plain", "speedup_vs_plain", RATIO))
 BENCH: Columns = (
-    ("category", "category", "{}"),
     ("method", "method", NAME),
     *SPEEDS,
+    ("worst category", "worst", "{}"),
+    ("accounted", "accounted_vs_plain", RATIO),
     ("acceptance", "acceptance_rate", "{:.0%}"),
     ("tokens a round", "block_efficiency", "{:.2f}"),
     ("same ids", "same", "{}"),
@@ -49,15 +53,20 @@ COSTS: Columns = (
     ("draft ms a token", "draft_ms_per_token", "{:.3f}"),
     ("draft ms a round", "draft_ms_per_round", "{:.3f}"),
     *SPEEDS,
+    ("worst category", "worst", "{}"),
+    ("accounted", "accounted_vs_plain", RATIO),
+    ("worst category", "worst_accounted", "{}"),
     ("same ids", "same", "{}"),
     ("MB", "megabytes", "{:.1f}"),
 )
 CONTROLLERS: Columns = (
     ("controller", "method", NAME),
     *SPEEDS,
-    ("worst category", "worst_plain", RATIO),
-    ("against best fixed length", "speed_vs_best_fixed", RATIO),
-    ("worst category", "worst_fixed", RATIO),
+    ("against best fixed length, worst category", "worst_fixed", "{}"),
+    ("accounted against plain", "accounted_vs_plain", RATIO),
+    ("worst category", "worst_accounted", "{}"),
+    ("accounted against best fixed length", "accounted_vs_best_fixed", RATIO),
+    ("worst category", "worst_accounted_fixed", "{}"),
     ("own time", "own", "{:.1%}"),
 )
 IDENTITY: Columns = (
@@ -96,7 +105,9 @@ REPLAY: Columns = (
 
 
 def grid(columns: Columns, rows: Iterable[Row]) -> str:
-    """A table; what a row lacks is left empty."""
+    """A table; what a row lacks is left empty, a column that no row has is left out."""
+    rows = list(rows)
+    columns = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
     lines = [f"| {' | '.join(title for title, _, _ in columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         cells = ["" if row.get(key) is None else form.format(row[key]).replace("|", "\\|") for _, key, form in columns]
@@ -104,10 +115,47 @@ def grid(columns: Columns, rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
-def shown(row: Row) -> Row:
-    """A bench row with the cells that are made of two figures."""
+def folded(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
+def leaders(columns: Columns, rows: Sequence[Row], key: str, kept: Container[str]) -> list[str]:
+    """A long table whose rows stand in order: the first ones and the references that are `kept`, then the others, folded away."""
+    few = [row for i, row in enumerate(rows) if i < LEADERS or row[key] in kept]
+    others = [row for row in rows if row not in few]
+    return [grid(columns, few), *([folded(f"the other {len(others)}", grid(columns, others))] if others else [])]
+
+
+def first_fixed(rows: Sequence[Row], key: str) -> str:
+    """The best fixed length of rows that stand in order."""
+    return next((row[key] for row in rows if row[key].startswith("fixed_")), "")
+
+
+WORST = {
+    "worst": "speedup_vs_plain",
+    "worst_fixed": "speed_vs_best_fixed",
+    "worst_accounted": "accounted_vs_plain",
+    "worst_accounted_fixed": "accounted_vs_best_fixed",
+}
+"""Cells that show the lowest figure of any category, and which."""
+
+
+def overall(results: Any) -> list[Row]:
+    """Bench rows over all prompts, with the cells that are made of several figures."""
+    rows = table_rows(results)
+    return [shown(row, rows) for row in rows if row["category"] == "all"]
+
+
+def shown(row: Row, rows: Sequence[Row]) -> Row:
     same = None if row["num_identical"] is None else f"{row['num_identical']}/{row['num_prompts']}"
-    return {**row, "same": same, "megabytes": row.get("memory_bytes", 0) / 1e6}
+    own = [r for r in rows if r["method"] == row["method"] and r["category"] != "all"]
+    worst = {cell: worst_of(own, key) for cell, key in WORST.items() if row["method"] != "plain" or "fixed" in cell}
+    return {**row, **worst, "same": same, "megabytes": row.get("memory_bytes", 0) / 1e6}
+
+
+def worst_of(rows: Sequence[Row], key: str) -> str | None:
+    low = min((row for row in rows if row.get(key) is not None), key=lambda row: row[key], default=None)
+    return None if low is None else f"{low[key]:.2f}x {low['category']}"
 
 
 def where(document: Document) -> str:
@@ -139,49 +187,52 @@ def recorded() -> dict[str, Document]:
 
 
 def bench(name: str, document: Document, *, categories: bool = True) -> list[str]:
-    """`paceline bench`; without `categories`, only what holds over all prompts, and no command."""
-    rows = [shown(row) for row in document["results"] if categories or row["category"] == "all"]
+    """`paceline bench`: what holds over all prompts; with `categories`, the command and the speeds by category, too."""
+    rows = overall(document["results"])
     title = heading(name, document, document["settings"]["sampling"], rows)
-    return [title, *([command(document)] if categories else []), grid(BENCH, rows)]
+    if not categories:
+        return [title, grid(BENCH, rows)]
+    return [title, command(document), grid(BENCH, rows), by_category(document["results"])]
 
 
 def drafters(name: str, document: Document) -> list[str]:
     """`benchmarks/drafters.py`: each drafter over all prompts, and its speed by category, for each temperature."""
     parts = []
     for run in document["runs"]:
-        rows = [shown(row) for row in run["results"]]
-        parts.append(heading(name, document, run["sampling"], rows))
-        parts += [grid(COSTS, [row for row in rows if row["category"] == "all"]), by_category(rows)]
+        rows = overall(run["results"])
+        parts += [heading(name, document, run["sampling"], rows), grid(COSTS, rows), by_category(run["results"])]
     parts.insert(1, command(document))
-    return [*parts, *(f"Not measured: `{left}` ({reason})" for left, reason in document["left_out"].items())]
+    left_out: dict[str, list[str]] = {}
+    for left, reason in document["left_out"].items():
+        left_out.setdefault(reason.removeprefix(f"draft = {left!r}: "), []).append(f"`{left}`")
+    return [*parts, *(f"Not measured: {', '.join(names)} ({reason})" for reason, names in left_out.items())]
 
 
-def by_category(rows: Sequence[Row]) -> str:
-    """Speed against plain decoding, a line for each method and a column for each category."""
-    categories = dict.fromkeys(row["category"] for row in rows if row["category"] != "all")
-    speeds: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        if row["method"] != "plain":
-            speeds.setdefault(row["method"], {"method": row["method"]})[row["category"]] = row["speedup_vs_plain"]
-    return grid([("against plain", "method", NAME), *((c, c, "{:.2f}") for c in categories)], speeds.values())
+def by_category(results: Any) -> str:
+    """Speed against plain decoding, a line for each method and a column for each category, by each clock that the file has."""
+    rows = [row for row in table_rows(results) if row["category"] != "all"]
+    categories = dict.fromkeys(row["category"] for row in rows)
+    tables = []
+    for title, key in (("against plain", "speedup_vs_plain"), ("accounted", "accounted_vs_plain")):
+        speeds: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            if row["method"] != "plain" and row.get(key) is not None:
+                speeds.setdefault(row["method"], {"method": row["method"]})[row["category"]] = row[key]
+        if speeds:
+            tables.append(grid([(title, "method", NAME), *((c, c, "{:.2f}") for c in categories)], speeds.values()))
+    return folded("by category", "\n\n".join(tables))
 
 
 def controllers(name: str, document: Document) -> list[str]:
-    """`benchmarks/controllers.py`: every controller over all prompts and in its worst category, the fastest first."""
+    """`benchmarks/controllers.py`: controllers over all prompts and in their worst category, the fastest first."""
     parts = []
     for run in document["runs"]:
-        rows = []
-        for row in run["results"]:
-            if row["category"] == "all":
-                own = [r for r in run["results"] if r["method"] == row["method"] and r["category"] != "all"]
-                worst = {
-                    "worst_plain": min((r["speedup_vs_plain"] for r in own), default=None),
-                    "worst_fixed": min((r["speed_vs_best_fixed"] for r in own), default=None),
-                }
-                rows.append({**row, **worst, "own": run["controller_share_of_round"].get(row["method"])})
+        rows = [{**row, "own": run["controller_share_of_round"].get(row["method"])} for row in overall(run["results"])]
+        rows.sort(key=lambda row: -(row.get("accounted_tokens_per_second") or row["tokens_per_second"]))
         sampling = {"temperature": run["temperature"], "max_tokens": document["max_tokens"]}
-        title = f"{heading(name, document, sampling, rows)}; drafts of `{document['draft']}`"
-        parts += [title, grid(CONTROLLERS, sorted(rows, key=lambda row: -row["tokens_per_second"]))]
+        references = {"plain", "pacer", first_fixed(rows, "method")}
+        parts.append(f"{heading(name, document, sampling, rows)}; drafts of `{document['draft']}`")
+        parts += leaders(CONTROLLERS, rows, "method", references)
     parts.insert(1, command(document))
     return parts
 
@@ -190,10 +241,13 @@ def identity(name: str, document: Document) -> list[str]:
     """`benchmarks/identity.py`: answers that equal plain decoding's, a line for each precision and drafter."""
     rows: list[Row] = []
     left_out: dict[str, str] = {}
-    for (precision, draft), group in groupby(document["results"], lambda row: (row["precision"], row["draft"])):
-        own = list(group)
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in document["results"]:
+        groups.setdefault((row["precision"], row["draft"]), []).append(row)
+    for (precision, draft), own in groups.items():
         left_out |= {f"{draft} in {precision}": row["left_out"] for row in own if "left_out" in row}
-        lengths = ", ".join(str(row["num_draft"]) if "num_draft" in row else row["controller"] for row in own)
+        chosen = sorted(row["num_draft"] for row in own if "num_draft" in row)
+        lengths = ", ".join([*(row["controller"] for row in own if "num_draft" not in row), *map(str, chosen)])
         counts = {key: sum(row[key] for row in own) for key in ("num_prompts", "num_identical")}
         if counts["num_prompts"]:
             rows.append({"precision": precision, "draft": draft, "lengths": lengths, **counts})
@@ -239,7 +293,9 @@ def replay(name: str, document: Document) -> list[str]:
     ]
     regimes = len({row["regime"] for row in document["results"]})
     title = f"**{name}**: {regimes} synthetic regimes ([control](control.md#comparing-controllers)), no model"
-    return [title, command(document), grid(REPLAY, sorted(rows, key=lambda row: -row["mean"]))]
+    rows.sort(key=lambda row: -row["mean"])
+    references = {"plain", "pacer", first_fixed(rows, "controller")}
+    return [title, command(document), *leaders(REPLAY, rows, "controller", references)]
 
 
 def flat(name: str, document: Document) -> list[str]:

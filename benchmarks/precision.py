@@ -20,6 +20,7 @@ from paceline.execution.base import Segment, prefill
 from paceline.execution.native.runner import NativeRunner
 from paceline.models.resolve import open_model
 from paceline.study.environment import command, environment
+from paceline.study.prompts import encode_prompt
 from paceline.study.report import write_json
 
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
@@ -58,11 +59,11 @@ def main() -> None:
     options = parser.parse_args()
     source = open_model("default")
     texts = pairs(options.prompts, options.limit)
-    encode = source.tokenizer.encode
-    ids = []
-    for prompt, reference in texts:
-        chat = source.tokenizer.render_chat([{"role": "user", "content": prompt}])
-        ids.append((encode(chat, add_special=False), encode(reference, add_special=False)[: options.longest]))
+    tokenizer = source.tokenizer
+    ids = [
+        (encode_prompt(tokenizer, prompt), tokenizer.encode(reference, add_special=False)[: options.longest])
+        for prompt, reference in texts
+    ]
 
     results: list[dict[str, Any]] = []
     reference_choices: list[torch.Tensor] = []

@@ -27,6 +27,10 @@ def script() -> ModuleType:
     return module
 
 
+def in_columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"columns": list(rows[0]), "rows": [list(row.values()) for row in rows]}
+
+
 def answers(**extra: Any) -> list[dict[str, Any]]:
     """Rows of a plain and a faster method, over all prompts and in one category."""
     return [
@@ -58,23 +62,27 @@ def bench() -> dict[str, Any]:
 
 def test_readme_shows_headlines_over_all_prompts_only(script: ModuleType) -> None:
     text = script.headlines({"headline-cpu": bench(), "other": bench()})
-    assert text.count("| all | `auto` | 120.0 | 1.50x | 61% | 1.50 | 4/4 |") == 1
-    assert "chat" not in text
+    assert text.count("| `auto` | 120.0 | 1.50x | 1.50x chat | 61% | 1.50 | 4/4 |") == 1
+    assert "by category" not in text
     assert "**headline-cpu**: default, int8 native, A CPU, 2 cores; greedy, at most 128 tokens, 4 prompts" in text
 
 
 def test_benchmark_page_shows_every_result_with_its_command(script: ModuleType) -> None:
     text = script.all_results({"headline-cpu": bench(), "other": bench()})
     assert text.count("paceline bench --methods plain,auto") == 2
-    assert text.count("| chat | `plain` | 80.0 | 1.00x |  | 1.50 | 4/4 |") == 2
+    assert text.count("| `plain` | 80.0 | 1.00x |  |  | 1.50 | 4/4 |") == 2
+    assert text.count("<details><summary>by category</summary>\n\n| against plain | chat |\n|---|---|\n| `auto` | 1.50 |") == 2
 
 
 def test_drafting_page_shows_what_each_drafter_costs(script: ModuleType) -> None:
-    costs = {"draft_ms_per_token": 0.0123, "draft_ms_per_round": 0.05, "memory_bytes": 1_600_000}
-    runs = [{"sampling": {"temperature": t, "max_tokens": 64}, "results": answers(**costs)} for t in (0.0, 1.0)]
-    whole = {"environment": MACHINE | RUNNER, "command": "drafters.py", "runs": runs, "left_out": {"rest": "needs a corpus"}}
+    costs = {"draft_ms_per_token": 0.0123, "draft_ms_per_round": 0.05, "memory_bytes": 1_600_000, "accounted_vs_plain": 1.25}
+    runs = [{"sampling": {"temperature": t, "max_tokens": 64}, "results": in_columns(answers(**costs))} for t in (0.0, 1.0)]
+    left_out = {"rest": "needs a corpus", "uag": "needs a model", "tli": "needs a model"}
+    whole = {"environment": MACHINE | RUNNER, "command": "drafters.py", "runs": runs, "left_out": left_out}
     text = script.all_drafters({"drafters": whole})
-    assert text.count("| `auto` | 1.50 | 0.012 | 0.050 | 120.0 | 1.50x | 4/4 | 1.6 |") == 2
+    assert text.count("| `auto` | 1.50 | 0.012 | 0.050 | 120.0 | 1.50x | 1.50x chat | 1.25x | 1.25x chat | 4/4 | 1.6 |") == 2
+    assert "Not measured: `uag`, `tli` (needs a model)" in text
+    assert "| accounted | chat |\n|---|---|\n| `auto` | 1.25 |" in text
     assert "greedy, at most 64 tokens" in text
     assert "temperature 1, at most 64 tokens" in text
     assert "| against plain | chat |\n|---|---|\n| `auto` | 1.50 |" in text
@@ -83,15 +91,31 @@ def test_drafting_page_shows_what_each_drafter_costs(script: ModuleType) -> None
 
 
 def test_controllers_stand_in_the_order_of_their_speed_with_their_worst_category(script: ModuleType) -> None:
-    rows = answers(speed_vs_best_fixed=0.9)
-    rows[-1] |= {"speedup_vs_plain": 0.8, "speed_vs_best_fixed": 0.7}
+    rows = answers(speed_vs_best_fixed=0.9, accounted_vs_plain=1.1, accounted_vs_best_fixed=0.95, accounted_tokens_per_second=100.0)
+    rows[1] |= {"accounted_tokens_per_second": 110.0}
+    rows[-1] |= {"speed_vs_best_fixed": 0.7, "accounted_vs_plain": 0.8, "accounted_vs_best_fixed": 0.75}
     run = {"temperature": 1.0, "results": rows, "controller_share_of_round": {"auto": 0.0123}}
     whole = {"environment": MACHINE | RUNNER, "command": "controllers.py", "draft": "ngram", "max_tokens": 64, "runs": [run]}
     text = script.all_results({"controllers-ngram": whole})
     assert (
-        "| `auto` | 120.0 | 1.50x | 0.80x | 0.90x | 0.70x | 1.2% |\n| `plain` | 80.0 | 1.00x | 1.00x | 0.90x | 0.90x |  |" in text
+        "| `auto` | 120.0 | 1.50x | 0.70x chat | 1.10x | 0.80x chat | 0.95x | 0.75x chat | 1.2% |\n"
+        "| `plain` | 80.0 | 1.00x | 0.90x chat | 1.10x |  | 0.95x | 0.95x chat |  |" in text
     )
     assert "temperature 1, at most 64 tokens, 4 prompts; drafts of `ngram`" in text
+
+
+def test_of_many_controllers_the_first_and_the_references_are_shown_and_the_others_folded(script: ModuleType) -> None:
+    names = [*(f"c{i}" for i in range(8)), "fixed_4", "fixed_2", "plain", "pacer"]
+    rows = [
+        {**answers()[0], "method": name, "tokens_per_second": 100.0 - i, "accounted_tokens_per_second": None}
+        for i, name in enumerate(names)
+    ]
+    run = {"temperature": 0.0, "results": rows, "controller_share_of_round": {}}
+    whole = {"environment": MACHINE | RUNNER, "command": "controllers.py", "draft": "ngram", "max_tokens": 64, "runs": [run]}
+    shown, _, rest = script.all_results({"controllers-ngram": whole}).partition("<details>")
+    assert [name for name in names if f"`{name}`" in shown] == ["c0", "c1", "c2", "c3", "c4", "fixed_4", "plain", "pacer"]
+    assert rest.startswith("<summary>the other 4</summary>")
+    assert [name for name in names if f"`{name}`" in rest] == ["c5", "c6", "c7", "fixed_2"]
 
 
 def test_answers_that_differ_are_counted_with_their_margin(script: ModuleType) -> None:
@@ -100,12 +124,13 @@ def test_answers_that_differ_are_counted_with_their_margin(script: ModuleType) -
         *({"precision": "int4", "draft": "a|b", "num_draft": k, "num_prompts": 4, "num_identical": 3} for k in (1, 8)),
         {"precision": "fp32", "draft": "self", "num_draft": 1, "num_prompts": 0, "num_identical": 0, "left_out": "no gain"},
     ]
+    results.append(results[1] | {"num_draft": 2})  # another part of the matrix: the same line
     differences = [{"top2_margin": 0.25}, {"top2_margin": 0.001}]
     whole = {"environment": MACHINE, "command": "identity.py", "compared": 17, "identical": 15, "results": results}
     text = script.all_results({"identity-cpu": whole | {"differences": differences}})
     assert "15 of 17 greedy answers have the ids of plain decoding; " in text
     assert "at most 0.25 apart" in text
-    assert "| int4 | `auto` | pacer | 9 | 9 |\n| int4 | `a\\|b` | 1, 8 | 8 | 6 |" in text
+    assert "| int4 | `auto` | pacer | 9 | 9 |\n| int4 | `a\\|b` | 1, 2, 8 | 12 | 9 |" in text
     assert "Not measured: `self in fp32` (no gain)" in text
     assert "apart" not in script.all_results({"identity-cpu": whole | {"differences": []}})
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = 64
-"""Of the palette; text stays smooth."""
+_COLOURS = 256
+"""Of the palette."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,5 +102,7 @@ def _with_palette(drawn: io.BytesIO) -> bytes:
 
     drawn.seek(0)
     small = io.BytesIO()
-    Image.open(drawn).convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    Image.open(drawn).convert("RGB").quantize(_COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        small, "PNG", optimize=True
+    )
     return small.getvalue()
