@@ -34,9 +34,9 @@ from paceline.errors import OptionError
 from paceline.study.accounting import accounted
 from paceline.study.bench import OVERALL, PLAIN, Sample, summarise
 from paceline.study.charts import heat_chart
-from paceline.study.contest import Contestant, ReadOnce, TimedController, answered_by_all, hold, remembers
+from paceline.study.contest import WARM_UP, Contestant, ReadOnce, TimedController, answered_by_all, hold, remembers
 from paceline.study.environment import command, environment
-from paceline.study.prompts import encode_prompts, load_prompts
+from paceline.study.prompts import encode_prompt, encode_prompts, load_prompts
 from paceline.study.report import Recording, check_writable, sample_row, speed_panel, table, table_rows
 
 FIXED_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -172,6 +172,7 @@ def measure(options: argparse.Namespace, target: Target, engines: Sequence[Engin
     names = options.controllers.split(",")
     longest = target.runner.info.max_context - options.max_tokens
     prompts = encode_prompts(target.source.tokenizer, load_prompts(options.prompts, limit=options.limit), longest=longest)
+    warm_up = encode_prompt(target.source.tokenizer, WARM_UP)
     shared = ReadOnce(target.runner)
     for temperature in map(float, options.temperatures.split(",")):
         seed = None if options.unseeded else 0
@@ -188,7 +189,7 @@ def measure(options: argparse.Namespace, target: Target, engines: Sequence[Engin
             contest.samples.append(sample)
             tell()
 
-        hold(make, prompts, contest.params, repeats=options.repeats, label=f"T = {temperature:g}", keep=keep)
+        hold(make, prompts, contest.params, warm_up=warm_up, repeats=options.repeats, label=f"T = {temperature:g}", keep=keep)
 
 
 def main() -> int:

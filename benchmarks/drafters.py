@@ -27,10 +27,10 @@ from paceline.errors import PacelineError
 from paceline.study.accounting import accounted
 from paceline.study.bench import OVERALL, PLAIN, Sample, summarise
 from paceline.study.charts import heat_chart
-from paceline.study.contest import Contestant, ReadOnce, TimedController, answered_by_all, hold
+from paceline.study.contest import WARM_UP, Contestant, ReadOnce, TimedController, answered_by_all, hold
 from paceline.study.environment import command, environment
 from paceline.study.methods import split_names
-from paceline.study.prompts import BenchPrompt, encode_prompts, load_prompts
+from paceline.study.prompts import BenchPrompt, encode_prompt, encode_prompts, load_prompts
 from paceline.study.report import Recording, sample_row, speed_panel, table, table_rows
 
 JOINED = ("auto", "ngram,suffix", "merged:ngram|suffix", "merged:suffix|token_recycling+tree")
@@ -108,6 +108,7 @@ def measure(
     target: Target, drafters: Sequence[str], prompts: Encoded, current: Pass, repeats: int, left_out: dict[str, str], tell: Tell
 ) -> None:
     """One pass: all drafters on all prompts; `tell` is called after each answer."""
+    warm_up = encode_prompt(target.source.tokenizer, WARM_UP)
     shared = ReadOnce(target.runner)
     contestants: dict[str, Contestant] = {}
 
@@ -125,7 +126,7 @@ def measure(
         tell()
 
     label = f"T = {current.params.temperature:g}"
-    hold(make, prompts, current.params, repeats=repeats, label=label, keep=keep)
+    hold(make, prompts, current.params, warm_up=warm_up, repeats=repeats, label=label, keep=keep)
 
 
 def parse() -> argparse.Namespace:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,10 @@ from paceline.control import registry
 from paceline.costs import CostTable, DraftCost
 from paceline.drafting.model import ModelDrafter
 from paceline.engine import Engine
-from paceline.study.bench import OVERALL, PLAIN, Sample
+from paceline.study.bench import OVERALL, PLAIN
+from paceline.study.contest import Contestant, ReadOnce, hold
+from paceline.study.prompts import BenchPrompt
+from paceline.study.report import table_rows
 from toys import ToyRunner, noisy_language, random_language
 
 VOCAB = 16
@@ -51,41 +55,58 @@ def test_every_registered_controller_and_the_references_take_part(script: Module
         assert script.make_controller(name, costs).name in (name, "fixed")
 
 
+def hold_contest(script: ModuleType, engine: Engine, names: list[str], repeats: int = 1) -> Any:
+    """All names on two prompts, through the script's own parts."""
+    contest = script.Contest(SamplingParams(max_tokens=40, ignore_eos=True))
+    shared = ReadOnce(engine.runner)
+
+    def make() -> list[Contestant]:
+        made: list[Contestant] = script.make_contestants([engine], names, shared)
+        contest.contestants += made
+        return made
+
+    prompts = [(BenchPrompt(str(ids), "toy", ""), ids) for ids in ([1, 2, 5, 3], [3, 4])]
+    hold(make, prompts, contest.params, warm_up=[7, 7], repeats=repeats, label="test", keep=contest.samples.append)
+    return contest
+
+
 def test_contestants_write_the_same_text_and_the_summary_holds_the_best_fixed_length(script: ModuleType) -> None:
-    engine = toy_engine()
     names = [PLAIN, "fixed_1", "fixed_4", "pacer", "svip"]
-    params = SamplingParams(max_tokens=40, ignore_eos=True)
-    contest = script.make_contest(engine, names, params)
-    for number, prompt in enumerate([[1, 2], [3, 4]]):
-        for contestant in contest.contestants:
-            result = contestant.generate(prompt, params, "toy")
-            contest.samples.append(Sample(contestant.name, number, "toy", result))
-    run = script.summary(contest)
-    rows = {(row["method"], row["category"]): row for row in run["results"]}
+    contest = hold_contest(script, toy_engine(), names)
+    run = script.document([contest])["runs"][0]
+    rows = {(row["method"], row["category"]): row for row in table_rows(run["results"])}
     assert all(row["identical_to_plain"] for row in rows.values())
     assert rows[PLAIN, OVERALL]["num_drafted"] == 0
-    best = run["best_fixed"][OVERALL]
-    assert best in ("fixed_1", "fixed_4")
-    assert rows[best, OVERALL]["speed_vs_best_fixed"] == 1.0
-    assert all(row["speed_vs_best_fixed"] <= 1.0 for row in rows.values() if row["method"].startswith("fixed_"))
+    for clock, speed in script.AGAINST.items():
+        best = run["best_fixed"][clock][OVERALL]
+        assert best in ("fixed_1", "fixed_4")
+        assert rows[best, OVERALL][speed] == 1.0
+        assert all(row[speed] <= 1.0 for row in rows.values() if row["method"].startswith("fixed_"))
     assert set(run["controller_share_of_round"]) == set(names)
-    assert all(share > 0 for name, share in run["controller_share_of_round"].items() if name != PLAIN)
-    assert len(script.raw([contest])) == 10
+    assert all(0 < share < 1 for share in run["controller_share_of_round"].values())
+    answers = table_rows(script.document([contest])["samples"])
+    assert len(answers) == 10
+    assert all(row["accounted_seconds"] > 0 for row in answers)
+
+
+def test_every_repeat_begins_anew(script: ModuleType) -> None:
+    contest = hold_contest(script, toy_engine(), [PLAIN, "goodput"], repeats=3)
+    assert len({id(contestant.controller) for contestant in contest.contestants}) == 6
+    assert len(contest.samples) == 12
+    (row, *_) = (r for r in table_rows(script.document([contest])["runs"][0]["results"]) if r["method"] == "goodput")
+    assert row["num_prompts"] == 2
+    assert row["num_tokens"] == 80
 
 
 def test_each_contestant_keeps_its_own_controller_and_costs(script: ModuleType) -> None:
     engine = toy_engine()
-    first, second = script.make_contest(engine, ["goodput", "goodput"], SamplingParams(max_tokens=30)).contestants
+    first, second = script.make_contestants([engine], ["goodput", "goodput"], ReadOnce(engine.runner))
     first.generate([1, 2], SamplingParams(max_tokens=30), "toy")
     assert first.controller.inner.alpha != second.controller.inner.alpha
 
 
-def test_chart_frames_the_best_fixed_length(script: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    rows = [
-        {"category": OVERALL, "method": method, "speedup_vs_plain": speed}
-        for method, speed in ((PLAIN, 1.0), ("fixed_2", 1.4), ("pacer", 1.5))
-    ]
-    run = {"temperature": 0.0, "results": rows, "best_fixed": {OVERALL: "fixed_2"}}
-    script.plot([run, run], tmp_path / "chart.png", "toy drafts")
-    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+def test_interrupted_runs_count_the_prompts_that_all_answered(script: ModuleType) -> None:
+    contest = hold_contest(script, toy_engine(), [PLAIN, "fixed_1"])
+    contest.samples.pop()
+    rows = table_rows(script.document([contest])["runs"][0]["results"])
+    assert {row["num_prompts"] for row in rows} == {1}

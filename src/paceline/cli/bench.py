@@ -129,7 +129,7 @@ def _finish(
 def results_table(rows: list[dict[str, Any]]) -> Table:
     """A row for each method and category."""
     table = Table()
-    for name in ("category", "method", "tok/s", "against plain", "95 %", "acceptance", "tokens a round", "same ids"):
+    for name in ("category", "method", "tok/s", "against plain", "95 %", "accounted", "acceptance", "tokens a round", "same ids"):
         table.add_column(name, justify="left" if name in ("category", "method") else "right")
     category = None
     for row in rows:
@@ -144,6 +144,7 @@ def results_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['tokens_per_second']:.1f}",
             _number(row["speedup_vs_plain"], "{:.2f}x"),
             f"{interval[0]:.2f}-{interval[1]:.2f}" if interval else "",
+            _number(row["accounted_vs_plain"], "{:.2f}x"),
             _number(row["acceptance_rate"], "{:.0%}"),
             _number(row["block_efficiency"], "{:.2f}"),
             "" if same is None else f"{same}/{row['num_prompts']}",

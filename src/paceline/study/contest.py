@@ -24,7 +24,7 @@ from paceline.study.bench import Sample, run
 from paceline.study.prompts import BenchPrompt
 
 WARM_UP = "Write a short letter to a friend about a walk along the sea."
-"""No prompt of the comparison: drafters that remember would know its answer."""
+"""A text for `hold`."""
 _WARM_UP_TOKENS = 16
 
 
@@ -145,12 +145,14 @@ def hold(
     prompts: Sequence[tuple[BenchPrompt, Sequence[int]]],
     params: SamplingParams,
     *,
+    warm_up: Sequence[int],
     repeats: int,
     label: str,
     keep: Callable[[Sample], None],
 ) -> None:
     """Answer every prompt by every contestant, `repeats` times, with fresh contestants each time; `keep` gets each answer.
 
+    warm_up: token ids that each contestant answers shortly before; none of the prompts, for drafters that remember would know it.
     Shows how far it is and how long it will take.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -165,7 +167,8 @@ def hold(
             progress.update(bar, total=repeats * len(contestants) * len(prompts))
             short = replace(params, max_tokens=min(_WARM_UP_TOKENS, params.max_tokens), min_tokens=0)
             for contestant in contestants:
-                contestant.generate(contestant.engine.tokenizer.encode(WARM_UP), short, "")
+                contestant.generate(warm_up, short, "")
+                contestant.own_seconds = contestant.round_seconds = 0.0
             for sample in run(contestants, prompts, params, warm_up_tokens=0, on_start=show):
                 keep(sample)
                 progress.advance(bar)

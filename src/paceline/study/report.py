@@ -44,7 +44,7 @@ def bench_document(
         "complete": complete,
         "settings": settings | {"sampling": asdict(params)},
         "results": [asdict(row) for row in summarise(samples, params)],
-        "prompts": table([sample_row(sample) | {"prompt": prompts[sample.prompt].name} for sample in samples]),
+        "prompts": [sample_row(sample) | {"prompt": prompts[sample.prompt].name} for sample in samples],
         "divergences": divergences(samples),
     }
 
@@ -214,7 +214,7 @@ class Recording:
 
     def write(self, *, complete: bool) -> dict[str, Any]:
         """Write now; returns what was written."""
-        document = rounded(self._document() | {"complete": complete})
+        document: dict[str, Any] = rounded(self._document() | {"complete": complete})
         write_json(self._path, document)
         self._written = monotonic()
         return document

@@ -108,6 +108,43 @@ def test_result_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["out.json"]
 
 
+def test_result_files_hold_a_row_a_line_and_read_back_the_same() -> None:
+    rows = [
+        {"method": f"method {i}", "category": "x" * 60, "speed": 1.0 / 3.0, "interval": [0.9, 1.1], "none": None} for i in range(5)
+    ]
+    document = {
+        "command": "c",
+        "nested": {"deep": {"list": list(range(60)), "rows": rows}},
+        "results": rows,
+        "answers": report.table(rows),
+    }
+    text = report.as_text(document)
+    assert json.loads(text) == document
+    lines = text.splitlines()
+    assert sum('"method": "method 3"' in line for line in lines) == 2  # `nested` and `results`
+    assert sum(line.strip().startswith('["method 3"') for line in lines) == 1  # the table
+    assert len(lines) < 40
+
+
+def test_a_table_names_its_columns_once_and_gives_its_rows_back() -> None:
+    rows = [{"a": 1, "b": "x"}, {"b": "y", "a": 2}]
+    assert report.table(rows) == {"columns": ["a", "b"], "rows": [[1, "x"], [2, "y"]]}
+    assert report.table_rows(report.table(rows)) == rows
+    assert report.table_rows(rows) == rows
+    assert report.table_rows(report.table([])) == []
+
+
+def test_figures_of_a_recording_have_six_digits_and_unfinished_ones_say_so(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    recording = report.Recording(path, lambda: {"speed": 1.23456789, "rows": [(0.1234567, 7)]}, every=0.0)
+    recording.update()
+    assert json.loads(path.read_text()) == {"speed": 1.23457, "rows": [[0.123457, 7]], "complete": False}
+    recording.write(complete=True)
+    assert json.loads(path.read_text())["complete"] is True
+    with pytest.raises(OptionError, match="is a folder"):
+        report.Recording(tmp_path, dict)
+
+
 def test_result_path_is_checked_before_the_run(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="is a folder"):
         report.check_writable(tmp_path)
@@ -124,8 +161,34 @@ def test_plot_is_a_picture_and_needs_two_methods(tmp_path: Path) -> None:
     picture = tmp_path / "bench.png"
     report.plot_results({"results": rows}, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
+    report.plot_results({"results": rows + [row | {"method": f"m{i}"} for i in range(9) for row in rows[:2]]}, picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(OptionError, match=r"--plot .*unknown"):
+        report.plot_results({"results": rows}, tmp_path / "bench.unknown")
     with pytest.raises(OptionError, match="nothing to draw"):
         report.plot_results({"results": rows[:2]}, picture)
+
+
+def test_the_chart_of_both_clocks_puts_the_fastest_first_and_frames_the_best(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        {
+            "method": method,
+            "category": category,
+            "speedup_vs_plain": 1.0,
+            "accounted_vs_plain": speed,
+            "accounted_tokens_per_second": speed,
+        }
+        for method, speed in (("plain", 1.0), ("fixed_2", 1.4), ("pacer", 1.5))
+        for category in ("all", "chat")
+    ]
+    panel = report.speed_panel("toy", rows, bold="pacer", best={"all": "fixed_2", "chat": "fixed_2"})
+    assert panel.rows == ["pacer", "fixed_2", "plain"]
+    assert panel.columns == ["all by wall clock", "all prompts", "chat"]
+    assert panel.values[1] == [1.0, 1.4, 1.4]
+    assert panel.framed == {(1, 1), (1, 2)}
+    report.heat_chart([panel, panel], tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture
