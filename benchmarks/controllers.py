@@ -51,8 +51,6 @@ class Contest:
 
     params: SamplingParams
     samples: list[Sample] = field(default_factory=list)
-    contestants: list[Contestant] = field(default_factory=list)
-    """Of all repeats."""
 
 
 def controller_names() -> tuple[str, ...]:
@@ -86,23 +84,23 @@ def make_engines(target: Target, draft: str, count: int) -> list[Engine]:
     return [engine, *(build_engine(Engine, target, SpeculationConfig(draft=draft)) for _ in range(count - 1))]
 
 
+def account(samples: Sequence[Sample], pool: Sequence[Sample]) -> list[Sample]:
+    """With accounted time; all draft with the same drafters, so what these cost is pooled as well."""
+    return accounted(samples, pool, same_drafters=True)
+
+
 def summary(contest: Contest, pool: Sequence[Sample]) -> dict[str, Any]:
     """One temperature's table: bench rows, each with its distance from the best fixed length of its category, by both clocks."""
-    rows = [asdict(row) for row in summarise(accounted(answered_by_all(contest.samples), pool), contest.params)]
+    rows = [asdict(row) for row in summarise(account(answered_by_all(contest.samples), pool), contest.params)]
     best = {clock: best_fixed(rows, column) for clock, column in CLOCKS.items()}
     for row in rows:
         for clock, column in CLOCKS.items():
             reference = best[clock].get(row["category"])
             row[AGAINST[clock]] = row[column] / reference[column] if reference else None
-    own: dict[str, list[float]] = {}
-    for contestant in contest.contestants:
-        spent = own.setdefault(contestant.name, [0.0, 0.0])
-        spent[0] += contestant.own_seconds
-        spent[1] += contestant.round_seconds
     return {
         "temperature": contest.params.temperature,
         "best_fixed": {clock: {category: row["method"] for category, row in rows.items()} for clock, rows in best.items()},
-        "controller_share_of_round": {name: seconds / whole for name, (seconds, whole) in own.items() if whole},
+        "controller_share_of_round": {row["method"]: row["control_share"] for row in rows if row["category"] == OVERALL},
         "results": table(rows),
     }
 
@@ -141,7 +139,7 @@ def document(contests: Sequence[Contest]) -> dict[str, Any]:
     answers = [
         {"temperature": contest.params.temperature} | sample_row(sample)
         for contest in contests
-        for sample in accounted(contest.samples, pool)
+        for sample in account(contest.samples, pool)
     ]
     return {"runs": [summary(contest, pool) for contest in contests if contest.samples], "samples": table(answers)}
 
@@ -179,11 +177,9 @@ def measure(options: argparse.Namespace, target: Target, engines: Sequence[Engin
         contest = Contest(SamplingParams(max_tokens=options.max_tokens, temperature=temperature, seed=seed, ignore_eos=True))
         contests.append(contest)
 
-        def make(contest: Contest = contest) -> list[Contestant]:
+        def make() -> list[Contestant]:
             own = engines if len(engines) == 1 else make_engines(target, options.draft, len(names))
-            made = make_contestants(own, names, shared)
-            contest.contestants += made
-            return made
+            return make_contestants(own, names, shared)
 
         def keep(sample: Sample, contest: Contest = contest) -> None:
             contest.samples.append(sample)

@@ -55,14 +55,17 @@ def test_every_registered_controller_and_the_references_take_part(script: Module
         assert script.make_controller(name, costs).name in (name, "fixed")
 
 
-def hold_contest(script: ModuleType, engine: Engine, names: list[str], repeats: int = 1) -> Any:
+def hold_contest(
+    script: ModuleType, engine: Engine, names: list[str], repeats: int = 1, made_controllers: list[Any] | None = None
+) -> Any:
     """All names on two prompts, through the script's own parts."""
     contest = script.Contest(SamplingParams(max_tokens=40, ignore_eos=True))
+    controllers = made_controllers if made_controllers is not None else []
     shared = ReadOnce(engine.runner)
 
     def make() -> list[Contestant]:
         made: list[Contestant] = script.make_contestants([engine], names, shared)
-        contest.contestants += made
+        controllers.extend(contestant.controller for contestant in made)
         return made
 
     prompts = [(BenchPrompt(str(ids), "toy", ""), ids) for ids in ([1, 2, 5, 3], [3, 4])]
@@ -90,8 +93,9 @@ def test_contestants_write_the_same_text_and_the_summary_holds_the_best_fixed_le
 
 
 def test_every_repeat_begins_anew(script: ModuleType) -> None:
-    contest = hold_contest(script, toy_engine(), [PLAIN, "goodput"], repeats=3)
-    assert len({id(contestant.controller) for contestant in contest.contestants}) == 6
+    controllers: list[Any] = []
+    contest = hold_contest(script, toy_engine(), [PLAIN, "goodput"], repeats=3, made_controllers=controllers)
+    assert len({id(controller.inner) for controller in controllers}) == 6
     assert len(contest.samples) == 12
     (row, *_) = (r for r in table_rows(script.document([contest])["runs"][0]["results"]) if r["method"] == "goodput")
     assert row["num_prompts"] == 2

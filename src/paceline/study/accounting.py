@@ -3,22 +3,23 @@
 Decisions, drafts and acceptances of an answer are real; only its clock is replaced. The accounted seconds of an answer are the sum
 over its rounds of
 
-    forward(rows, context)       pooled over the rounds of ALL methods of the run: the median of rounds with that many rows and
-                                 a context of the same 128 tokens, drawn towards a fit that rises with the rows where they are few
-  + draft(drafter, drafted)      the method's own typical time to look and to propose that many tokens
-  + reading(drafter, lag)        what a drafter needs more when it must read more than `LAG` tokens first, pooled, too
-  + rest(rows)                   the method's own typical time to accept and to commit
-  + control                      the method's own time to plan and to learn, a round
+    forward(rows, context)       pooled over ALL methods of the run
+  + draft(drafted, context)      to look and to propose, by drafter; the method's own, or pooled where all have the same drafters
+  + reading(lag)                 what a draft takes more when its drafter must read more than `LAG` tokens first, pooled
+  + rest(drafted)                to accept and to commit; the method's own, or pooled like the draft
+  + control                      the method's own time to plan, to stop drafts and to learn, a round
 
-so that two methods that do the same thing get the same speed, whatever the machine did meanwhile: a control variate. What it does
-not see: rare work of one drafter (a search once in a hundred rounds) and what a round does to the caches of the next forward.
+so that two methods that do the same thing get the same speed, whatever the machine did meanwhile: a control variate. A price is a
+median (of what has two modes, a mean with the highest twentieth capped) of the rounds of that size with a context of the same 128
+tokens; where these are few it leans on a fit that never falls with the size. What it does not see: rare work of one drafter (a
+search once in a hundred rounds) and what a round does to the caches of the next forward.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean, median
 from typing import TypeVar
@@ -41,62 +42,79 @@ K = TypeVar("K")
 Cells = dict[K, list[float]]
 
 
-def accounted(samples: Sequence[Sample], pool: Sequence[Sample] | None = None) -> list[Sample]:
+def accounted(samples: Sequence[Sample], pool: Sequence[Sample] | None = None, *, same_drafters: bool = False) -> list[Sample]:
     """The samples with `accounted_seconds`; None for answers without rounds (other engines).
 
     samples: answers of one run under one set of sampling options. pool: all answers whose forward passes are priced together, by
-    default these.
+    default these. same_drafters: all methods draft with the same drafters, so these are priced together, too.
     """
-    prices = ForwardPrices(step for sample in pool or samples for step in sample.result.steps)
-    own = _OwnTimes(samples)
+    forward = Prices(
+        ((_rows(s), s.context_length, s.verify_seconds) for sample in pool or samples for s in sample.result.steps), median
+    )
+    rounds = _Rounds(samples, same_drafters)
     return [
-        replace(s, accounted_seconds=sum(prices.seconds(step) for step in s.result.steps) + own.seconds(s)) if s.result.steps else s
-        for s in samples
+        replace(
+            sample,
+            accounted_seconds=sum(forward.seconds(_rows(s), s.context_length) for s in sample.result.steps)
+            + rounds.seconds(sample),
+        )
+        if sample.result.steps
+        else sample
+        for sample in samples
     ]
 
 
-class ForwardPrices:
-    """What a forward cost over a run, by its rows and its context."""
+def _rows(step: StepRecord) -> int:
+    return step.batch_rows or step.num_drafted + 1
 
-    def __init__(self, steps: Iterable[StepRecord]) -> None:
+
+class Prices:
+    """What work of a size cost at a context, from (size, context, seconds) of all that was done."""
+
+    def __init__(self, seen: Iterable[tuple[int, int, float]], middle: Callable[[Sequence[float]], float]) -> None:
+        """middle: the value that stands for many."""
         cells: Cells[tuple[int, int]] = defaultdict(list)
-        for step in steps:
-            cells[_cell(step)].append(step.verify_seconds)
+        for size, context, seconds in seen:
+            cells[size, context // _CONTEXT].append(seconds)
         counts = {cell: len(values) for cell, values in cells.items()}
-        logs = {cell: math.log(max(median(values), 1e-9)) for cell, values in cells.items()}
-        by_rows, by_context = _fit(logs, counts)
+        logs = {cell: math.log(max(middle(values), 1e-9)) for cell, values in cells.items()}
+        by_size, by_context = _fit(logs, counts)
         weights: dict[int, int] = defaultdict(int)
-        for (rows, _), count in counts.items():
-            weights[rows] += count
-        order = sorted(by_rows)
-        by_rows = dict(zip(order, monotone([by_rows[r] for r in order], [weights[r] for r in order]), strict=True))
+        for (size, _), count in counts.items():
+            weights[size] += count
+        order = sorted(by_size)
+        by_size = dict(zip(order, monotone([by_size[n] for n in order], [weights[n] for n in order]), strict=True))
+        self._by_size, self._by_context = by_size, by_context
         self._prices = {
-            (rows, context): math.exp((count * logs[rows, context] + _FEW * (by_rows[rows] + by_context[context])) / (count + _FEW))
-            for (rows, context), count in counts.items()
+            (size, context): math.exp((count * logs[size, context] + _FEW * (by_size[size] + by_context[context])) / (count + _FEW))
+            for (size, context), count in counts.items()
         }
 
-    def seconds(self, step: StepRecord) -> float:
-        """Price of the forward of a round that was among those given. Raises KeyError for one like none of them."""
-        return self._prices[_cell(step)]
+    def __contains__(self, size: int) -> bool:
+        """Whether work of this size was seen at any context."""
+        return size in self._by_size
 
-
-def _cell(step: StepRecord) -> tuple[int, int]:
-    return step.batch_rows or step.num_drafted + 1, step.context_length // _CONTEXT
+    def seconds(self, size: int, context: int) -> float:
+        """Raises KeyError for a size that was never seen."""
+        cell = size, context // _CONTEXT
+        if cell in self._prices:
+            return self._prices[cell]
+        return math.exp(self._by_size[size] + self._by_context.get(cell[1], 0.0))
 
 
 def _fit(logs: Mapping[tuple[int, int], float], counts: Mapping[tuple[int, int], int]) -> tuple[dict[int, float], dict[int, float]]:
-    """Weighted fit of log seconds as one term for the rows plus one for the context, by turns."""
-    by_rows = dict.fromkeys((rows for rows, _ in logs), 0.0)
+    """Weighted fit of log seconds as one term for the size plus one for the context, by turns."""
+    by_size = dict.fromkeys((size for size, _ in logs), 0.0)
     by_context = dict.fromkeys((context for _, context in logs), 0.0)
     for _ in range(50):
-        for terms, others, side in ((by_rows, by_context, 0), (by_context, by_rows, 1)):
+        for terms, others, side in ((by_size, by_context, 0), (by_context, by_size, 1)):
             sums: dict[int, list[float]] = {key: [0.0, 0.0] for key in terms}
             for cell, value in logs.items():
                 total = sums[cell[side]]
                 total[0] += counts[cell] * (value - others[cell[1 - side]])
                 total[1] += counts[cell]
             terms.update((key, total / weight) for key, (total, weight) in sums.items())
-    return by_rows, by_context
+    return by_size, by_context
 
 
 def monotone(values: Sequence[float], weights: Sequence[float]) -> list[float]:
@@ -120,43 +138,52 @@ def typical(values: Sequence[float]) -> float:
     return fmean(min(value, cap) for value in values)
 
 
-class _OwnTimes:
-    """What a round of each method costs beside the forward."""
+class _Rounds:
+    """What a round costs beside the forward."""
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        draft: Cells[tuple[str, str | None, int]] = defaultdict(list)
+    def __init__(self, samples: Sequence[Sample], same_drafters: bool) -> None:
+        self._same = same_drafters
+        drafts: dict[tuple[str, str | None], list[tuple[int, int, float]]] = defaultdict(list)
         rest: Cells[tuple[str, int]] = defaultdict(list)
         control: Cells[str] = defaultdict(list)
         for sample in samples:
-            steps = sample.result.steps
+            steps, owner = sample.result.steps, self._owner(sample)
             for step, lag in _lags(steps):
                 if lag <= LAG:
-                    draft[sample.method, step.drafter, step.num_drafted].append(step.draft_seconds)
-                rest[sample.method, step.num_drafted].append(_rest(step))
+                    drafts[owner, step.drafter].append((step.num_drafted, step.context_length, step.draft_seconds))
+                rest[owner, step.num_drafted].append(_rest(step))
             if steps:
                 control[sample.method].append(fmean(step.control_seconds for step in steps))
-        self._draft = {key: typical(values) for key, values in draft.items()}
+        self._drafts = {key: Prices(seen, typical) for key, seen in drafts.items()}
         self._rest = {key: typical(values) for key, values in rest.items()}
         self._control = {method: median(values) for method, values in control.items()}
         reading: Cells[tuple[str | None, int]] = defaultdict(list)
         for sample in samples:
             for step, lag in _lags(sample.result.steps):
-                usual = self._draft.get((sample.method, step.drafter, step.num_drafted))
+                usual = self._usual(self._owner(sample), step)
                 if lag > LAG and usual is not None:
                     reading[step.drafter, lag // _READ].append(step.draft_seconds - usual)
         self._reading = {key: median(values) for key, values in reading.items()}
 
+    def _owner(self, sample: Sample) -> str:
+        return "" if self._same else sample.method
+
+    def _usual(self, owner: str, step: StepRecord) -> float | None:
+        """Price of a draft whose drafter has little to read; None for one that was never seen so."""
+        prices = self._drafts.get((owner, step.drafter))
+        return prices.seconds(step.num_drafted, step.context_length) if prices and step.num_drafted in prices else None
+
     def seconds(self, sample: Sample) -> float:
         """Drafting, acceptance and control of a whole answer."""
-        method, steps = sample.method, sample.result.steps
-        total = len(steps) * self._control[method]
+        owner, steps = self._owner(sample), sample.result.steps
+        total = len(steps) * self._control[sample.method]
         for step, lag in _lags(steps):
-            usual = self._draft.get((method, step.drafter, step.num_drafted))
-            if usual is None:  # it was never seen without catching up
+            usual = self._usual(owner, step)
+            if usual is None:
                 total += step.draft_seconds
             else:
                 total += usual + (self._reading[step.drafter, lag // _READ] if lag > LAG else 0.0)
-            total += self._rest[method, step.num_drafted]
+            total += self._rest[owner, step.num_drafted]
         return total
 
 

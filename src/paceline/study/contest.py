@@ -29,14 +29,15 @@ _WARM_UP_TOKENS = 16
 
 
 class TimedController(Controller):
-    """Decides as another controller does, and counts what the engine's records lack: learning, and stopping a draft."""
+    """Decides as another controller does, and counts what the engine's records lack: stopping drafts, and learning."""
 
     def __init__(self, inner: Controller) -> None:
         self.name = inner.name
         self.inner = inner
-        self.stopping_seconds = 0.0
-        """In `keep_drafting`, which a record counts as drafting."""
-        self._learning: list[float] = []
+        self._stopping = 0.0
+        """Seconds since the last round."""
+        self._rounds: list[tuple[float, float]] = []
+        """Seconds of stopping and of learning of each round since the last answer."""
 
     def plan_unseen(self, task: str, batch_size: int) -> Plan | None:
         return self.inner.plan_unseen(task, batch_size)
@@ -47,23 +48,31 @@ class TimedController(Controller):
     def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
         started = perf_counter()
         more = self.inner.keep_drafting(request_id, features)
-        self.stopping_seconds += perf_counter() - started
+        self._stopping += perf_counter() - started
         return more
 
     def observe(self, record: StepRecord) -> None:
         started = perf_counter()
         self.inner.observe(record)
-        self._learning.append(perf_counter() - started)
+        self._rounds.append((self._stopping, perf_counter() - started))
+        self._stopping = 0.0
 
     def finish(self, request_id: int) -> None:
         self.inner.finish(request_id)
 
     def charge(self, result: GenerationResult) -> GenerationResult:
-        """An answer of one sequence with the time of learning in `control_seconds` and `round_seconds` of its rounds."""
-        learning, self._learning = self._learning, []
+        """An answer of one sequence with all of the controller's time in `control_seconds`: stopping drafts is taken out of
+        `draft_seconds`, learning is added to `round_seconds`.
+        """
+        rounds, self._rounds = self._rounds, []
         steps = (
-            replace(step, control_seconds=step.control_seconds + more, round_seconds=step.round_seconds + more)
-            for step, more in zip(result.steps, learning, strict=True)
+            replace(
+                step,
+                draft_seconds=step.draft_seconds - stopping,
+                control_seconds=step.control_seconds + stopping + learning,
+                round_seconds=step.round_seconds + learning,
+            )
+            for step, (stopping, learning) in zip(result.steps, rounds, strict=True)
         )
         return replace(result, steps=tuple(steps))
 
@@ -105,20 +114,12 @@ class Contestant:
     controller: TimedController
     shared: ReadOnce
     plain: bool = False
-    round_seconds: float = 0.0
-    own_seconds: float = 0.0
-    """In its controller: planning, stopping drafts, learning."""
 
     def generate(self, prompt_ids: Sequence[int], params: SamplingParams, task: str) -> GenerationResult:
         """Answer one prompt with this contestant's controller and the engine's drafters."""
         self.engine.controller = self.controller
-        stopping = self.controller.stopping_seconds
         with self._prompt_read(prompt_ids):
-            answer = self.engine.generate(list(prompt_ids), params, plain=self.plain, task=task)
-        result = self.controller.charge(answer)
-        self.round_seconds += sum(step.round_seconds for step in result.steps)
-        self.own_seconds += sum(s.control_seconds for s in result.steps) + self.controller.stopping_seconds - stopping
-        return result
+            return self.controller.charge(self.engine.generate(list(prompt_ids), params, plain=self.plain, task=task))
 
     @contextmanager
     def _prompt_read(self, prompt_ids: Sequence[int]) -> Iterator[None]:
@@ -168,7 +169,6 @@ def hold(
             short = replace(params, max_tokens=min(_WARM_UP_TOKENS, params.max_tokens), min_tokens=0)
             for contestant in contestants:
                 contestant.generate(warm_up, short, "")
-                contestant.own_seconds = contestant.round_seconds = 0.0
             for sample in run(contestants, prompts, params, warm_up_tokens=0, on_start=show):
                 keep(sample)
                 progress.advance(bar)

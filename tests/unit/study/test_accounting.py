@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import median
 
 import pytest
 
 from paceline.config import SamplingParams
 from paceline.records import GenerationResult, StepRecord
-from paceline.study.accounting import LAG, ForwardPrices, accounted, monotone, typical
+from paceline.study.accounting import LAG, Prices, accounted, monotone, typical
 from paceline.study.bench import Sample, summarise
 
 FORWARD = {1: 0.004, 2: 0.0041, 3: 0.0045, 5: 0.006, 9: 0.009}
@@ -110,15 +111,29 @@ def test_a_drafter_that_followed_the_text_has_nothing_to_read() -> None:
     assert sample.accounted_seconds == pytest.approx(true_seconds(steps), rel=1e-6)
 
 
+def test_where_all_draft_with_the_same_drafters_their_swings_are_taken_out_too() -> None:
+    steps = written(2, 90, 10, [1.0], (False,))
+    slow = [replace(s, draft_seconds=1.5 * s.draft_seconds, round_seconds=s.round_seconds + 0.5 * s.draft_seconds) for s in steps]
+    samples = [answer(method, rounds) for method, rounds in (("a", steps), ("b", slow), ("c", steps), ("d", steps))]
+    own = [sample.accounted_seconds or 0.0 for sample in accounted(samples)]
+    assert own[1] - own[0] == pytest.approx(0.5 * sum(s.draft_seconds for s in steps))
+    shared = [sample.accounted_seconds or 0.0 for sample in accounted(samples, same_drafters=True)]
+    assert shared == pytest.approx([shared[0]] * 4)
+    assert own[0] < shared[0] < own[1]
+
+
 def test_a_price_seen_rarely_leans_on_the_others() -> None:
     """Two rounds of nine rows, both of them slow, beside many of five at two contexts."""
-    steps = [step(4, 0, context) for context in (10, 200) for _ in range(500)]
-    steps += [step(8, 0, 10) for _ in range(100)] + [step(8, 0, 200, swing=2.0) for _ in range(2)]
-    prices = ForwardPrices(steps)
-    assert prices.seconds(step(4, 0, 10)) == pytest.approx(FORWARD[5], rel=0.01)
-    assert prices.seconds(step(8, 0, 200)) == pytest.approx(1.5 * FORWARD[9], rel=0.2)
+    seen = [(5, context, seconds) for context, seconds in ((10, 0.006), (200, 0.009)) for _ in range(500)]
+    seen += [(9, 10, 0.009)] * 100 + [(9, 200, 2 * 0.0135)] * 2
+    prices = Prices(seen, median)
+    assert prices.seconds(5, 10) == pytest.approx(0.006, rel=0.01)
+    assert prices.seconds(5, 250) == pytest.approx(0.009, rel=0.01)  # the same 128 tokens as 200
+    assert prices.seconds(9, 200) == pytest.approx(0.0135, rel=0.2)
+    assert 9 in prices
+    assert 2 not in prices
     with pytest.raises(KeyError):
-        prices.seconds(step(1, 0, 10))
+        prices.seconds(2, 10)
 
 
 def test_monotone_fit_pools_neighbours_by_weight() -> None:

@@ -90,12 +90,12 @@ def test_all_time_of_a_controller_is_charged() -> None:
     steps = contestant.generate(PROMPT, SamplingParams(max_tokens=20), "").steps
     drafted = [step for step in steps if step.num_drafted]
     assert drafted
-    assert all(step.control_seconds >= 0.002 for step in drafted)  # planned and learnt
-    assert all(step.draft_seconds >= 0.001 * (step.num_drafted - 1) for step in drafted)  # asked whether to go on
-    assert all(step.round_seconds >= step.control_seconds + step.draft_seconds + step.verify_seconds for step in drafted)
-    asked = contestant.own_seconds - sum(step.control_seconds for step in steps)
-    assert asked >= 0.001 * sum(step.num_drafted - 1 for step in drafted)
-    assert contestant.own_seconds < contestant.round_seconds
+    for step in drafted:
+        asked = step.num_drafted - 1  # whether to go on; the last token may need no question
+        assert step.control_seconds >= 0.001 * (2 + asked)  # planned, asked, learnt
+        assert step.draft_seconds >= 0.0
+        assert step.round_seconds >= step.control_seconds + step.draft_seconds + step.verify_seconds
+    assert sum(step.draft_seconds for step in drafted) < sum(step.control_seconds for step in drafted)
 
 
 def test_drafters_that_keep_texts_are_known() -> None:
