@@ -141,7 +141,13 @@ def document(contests: Sequence[Contest]) -> dict[str, Any]:
         for contest in contests
         for sample in account(contest.samples, pool)
     ]
-    return {"runs": [summary(contest, pool) for contest in contests if contest.samples], "samples": table(answers)}
+    return {"runs": [summary(contest, pool) for contest in contests if has_references(contest)], "samples": table(answers)}
+
+
+def has_references(contest: Contest) -> bool:
+    """Whether plain decoding and a fixed length have answered yet."""
+    answered = {sample.method for sample in contest.samples}
+    return PLAIN in answered and any(method.startswith("fixed_") for method in answered)
 
 
 def parse() -> argparse.Namespace:

@@ -114,3 +114,5 @@ def test_interrupted_runs_count_the_prompts_that_all_answered(script: ModuleType
     contest.samples.pop()
     rows = table_rows(script.document([contest])["runs"][0]["results"])
     assert {row["num_prompts"] for row in rows} == {1}
+    contest.samples = [sample for sample in contest.samples if sample.method == PLAIN]
+    assert script.document([contest])["runs"] == []  # nothing to compare with yet
