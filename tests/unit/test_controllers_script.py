@@ -94,9 +94,9 @@ def test_contestants_write_the_same_text_and_the_summary_holds_the_best_fixed_le
 
 def test_every_repeat_begins_anew(script: ModuleType) -> None:
     controllers: list[Any] = []
-    contest = hold_contest(script, toy_engine(), [PLAIN, "goodput"], repeats=3, made_controllers=controllers)
-    assert len({id(controller.inner) for controller in controllers}) == 6
-    assert len(contest.samples) == 12
+    contest = hold_contest(script, toy_engine(), [PLAIN, "fixed_1", "goodput"], repeats=3, made_controllers=controllers)
+    assert len({id(controller.inner) for controller in controllers}) == 9
+    assert len(contest.samples) == 18
     (row, *_) = (r for r in table_rows(script.document([contest])["runs"][0]["results"]) if r["method"] == "goodput")
     assert row["num_prompts"] == 2
     assert row["num_tokens"] == 80
