@@ -26,6 +26,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 METHODS: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("ends, 4 tokens", "fixed", {"num_draft": 4}, {"choose": "ends"}),
     ("attended, 4 tokens", "fixed", {"num_draft": 4}, {"choose": "attended"}),
+    ("attended, SnapKV alone, 4 tokens", "fixed", {"num_draft": 4}, {"choose": "attended", "recent": 0.0}),
     ("ends, pacer", "pacer", {}, {"choose": "ends"}),
 )
 """Name, controller, its options, the drafter's options."""

@@ -21,8 +21,28 @@ def test_first_and_last_rows() -> None:
 def test_attention_is_pooled_before_the_best_are_taken() -> None:
     assert pooled(MASS[None], 3)[0].tolist() == pytest.approx([0.1967, 0.2367, 0.2233, 0.2567, 0.25, 0.2333], abs=1e-4)
     mass = torch.cat([MASS, torch.tensor([9.0, 9.0])])[None, None]
-    assert attended(mass, 4, queries=2, kernel=3).tolist() == [[[3, 4, 6, 7]]]
-    assert attended(mass, 4, queries=2, kernel=1).tolist() == [[[1, 4, 6, 7]]]
+    assert attended(mass, 4, recent=2, kernel=3).tolist() == [[[3, 4, 6, 7]]]
+    assert attended(mass, 4, recent=2, kernel=1).tolist() == [[[1, 4, 6, 7]]]
+
+
+def test_attended_rows_are_chosen_for_each_head_before_the_recent_ones() -> None:
+    mass = torch.tensor([[[9.0, 0, 0, 0, 5, 0, 7, 7], [0, 0, 9.0, 0, 0, 5, 7, 7]]])
+    assert attended(mass, 4, recent=2, kernel=1).tolist() == [[[0, 4, 6, 7], [2, 5, 6, 7]]]
+    assert attended(mass, 4, recent=3, kernel=1).tolist() == [[[0, 5, 6, 7], [2, 5, 6, 7]]]
+
+
+@COMPILED
+@pytest.mark.parametrize(("recent", "kept"), [(0.0, 1), (0.75, 3), (0.95, 3)])
+def test_attention_decides_over_what_the_recent_rows_leave(recent: float, kept: int) -> None:
+    view = in_cache()
+    session = make("sparse_kv", choose="attended", budget=4, queries=1, recent=recent, least_context=2).open(view)
+    assert view.sequence is not None
+    length = view.sequence.length
+    rows = session._choose(view.sequence)
+    assert rows.shape[-1] == 4
+    assert (rows[..., -kept:] == torch.arange(length - kept, length)).all()
+    mass = session._runner.attention_mass(view.sequence, view.tokens[length - 1 : length])
+    assert torch.equal(rows, attended(mass, 4, recent=kept))
 
 
 def test_shares_of_blocks_form_a_bell() -> None:

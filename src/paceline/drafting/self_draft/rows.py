@@ -1,8 +1,8 @@
 """Which rows of a long cache a draft keeps: pure functions of attention mass and keys.
 
 `ends`: the first rows (attention sinks) and the last ones (StreamingLLM, 2309.17453).
-`attended`: for each head the rows that the last queries looked at most, neighbours included, and these queries' own (SnapKV,
-2404.14469).
+`attended`: the last rows, and for each head the earlier ones that the last queries looked at most, neighbours included (SnapKV,
+2404.14469, which keeps the queries' own rows as the last ones; ours may keep more).
 `spread`: for each head a few rows of every block, more of those whose keys differ among themselves. After TCA-Attention
 (2512.09238) as far as it is known to us: that blocks keep 1, 2, 4, ... rows by a bell-shaped share, is theirs; how blocks are
 ranked and rows are picked, and one budget for all heads, is ours.
@@ -35,17 +35,17 @@ def pooled(mass: torch.Tensor, kernel: int = _POOL) -> torch.Tensor:
     return F.avg_pool1d(mass.flatten(0, -2)[:, None], kernel, stride=1, padding=kernel // 2).reshape(mass.shape)
 
 
-def attended(mass: torch.Tensor, budget: int, queries: int, kernel: int = _POOL) -> torch.Tensor:
-    """[layers, heads, min(budget, length)] int64, increasing.
+def attended(mass: torch.Tensor, budget: int, recent: int, kernel: int = _POOL) -> torch.Tensor:
+    """[layers, heads, min(budget, length)] int64, increasing: the last `recent` rows and the best of those before them.
 
-    mass: [layers, heads, length] float32, of the last `queries` rows (`Runner.attention_mass`); they are kept, budget > queries.
+    mass: [layers, heads, length] float32, of at most the last `recent` rows (`Runner.attention_mass`); budget > recent.
     """
     length = mass.shape[-1]
     if budget >= length:
         return torch.arange(length).expand(mass.shape)
-    past = length - queries
-    best = pooled(mass[..., :past], kernel).topk(budget - queries, dim=-1).indices
-    own = torch.arange(past, length).expand(*mass.shape[:-1], queries)
+    past = length - recent
+    best = pooled(mass[..., :past], kernel).topk(budget - recent, dim=-1).indices
+    own = torch.arange(past, length).expand(*mass.shape[:-1], recent)
     return torch.cat([best, own], dim=-1).sort(dim=-1).values
 
 

@@ -7,6 +7,12 @@ after each round the copy takes over what verification wrote. Rows are chosen an
 short context a drafted token; choosing by attention costs a pass over the last `queries` tokens, `spread` also a look at all
 keys.
 
+What 32 queries looked at says little about the next hundred. Measured on six texts of 5000 tokens with the default model and 256
+rows, as the overlap of the draft's distributions with the target's over the 64 tokens that follow: SnapKV's choice (the rows of
+the queries and 224 by attention) 0.84 on the text itself and 0.88 on greedy answers, the first and last rows 0.85 and 0.88. Rows
+that the *following* queries look at reach 0.94 where SnapKV's have 0.47: mass, gathering and positions are right, the choice is
+stale. With three quarters of the rows for the last ones and attention for the rest it is 0.88 and 0.91: hence `recent`.
+
 It cannot pay where keys and values are a small part of what a pass reads: below `least_context` tokens nothing is proposed.
 """
 
@@ -17,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from paceline.drafting.base import DrafterContext, DrafterSpec, SequenceView
-from paceline.drafting.options import whole
+from paceline.drafting.options import number, whole
 from paceline.drafting.self_draft.rows import attended, ends, spread
 from paceline.drafting.self_draft.session import SelfDrafter, SelfSession, target_of
 from paceline.drafting.temperature import check_draft_temperature
@@ -40,6 +46,8 @@ class SparseKvOptions:
     """Tokens after which rows are chosen anew; until then new ones are added."""
     queries: int = 32
     """Last tokens whose attention decides (`attended`, `spread`)."""
+    recent: float = 0.75
+    """Share of the budget that `attended` gives to the last rows, whatever was looked at (0: SnapKV's, the queries' own alone)."""
     least_context: int = 2048
     """Tokens below which nothing is proposed."""
     temperature: float | str | None = None
@@ -51,6 +59,7 @@ class SparseKvOptions:
         whole("budget", self.budget, 2, 1 << 20)
         whole("refresh", self.refresh, 1, 1 << 20)
         whole("queries", self.queries, 1, 256)
+        number("recent", self.recent, 0.0, 0.95)
         whole("least_context", self.least_context, 2, 1 << 30)
         if self.choose != "ends" and self.queries >= self.budget:
             raise OptionError(f"queries = {self.queries}: must be under budget = {self.budget}")
@@ -108,7 +117,7 @@ class SparseKvSession(SelfSession):
             return ends(length, options.budget)
         mass = self._runner.attention_mass(sequence, self._view.tokens[length - queries : length])
         if options.choose == "attended":
-            return attended(mass, options.budget, queries)
+            return attended(mass, options.budget, min(max(queries, int(options.recent * options.budget)), options.budget - 1))
         layers = range(len(mass))
         return torch.stack([spread(mass[i], self._runner.read_keys(sequence, i), options.budget) for i in layers])
 
