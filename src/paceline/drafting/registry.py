@@ -164,7 +164,7 @@ TABLE: dict[str, Entry] = {
         tree=True,
     ),
 }
-AUTO = ("suffix",)
+AUTO = ("suffix+tree",)
 """What `auto` stands for: the drafters that need neither a second model nor training."""
 
 

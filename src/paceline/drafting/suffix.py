@@ -2,6 +2,8 @@
 
 Needs no model and no training. The draft's length adapts to the match: long matches propose more. Costs a few microseconds a round
 (`suffix_native`), some hundreds where nothing can be compiled (`suffix_index`, which defines the statistics).
+
+The chain is the paper's. The tree holds what followed any match, long or short, here or in past outputs, most votes first (ours).
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from paceline.drafting.suffix_index import Limits, TokenIndex
 from paceline.drafting.suffix_native import open_index
 from paceline.records import Draft, Outlook
 
+_LEAST_IN_CHAINS, _LEAST_IN_TREES = 0.1, 0.2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuffixOptions:
@@ -24,21 +28,22 @@ class SuffixOptions:
     factor: float = 2.0
     """A match of m tokens may propose factor * m + offset tokens; the controller cuts further."""
     offset: float = 0.0
-    min_prob: float = 0.1
-    """Least estimated probability of a proposed path."""
+    min_prob: float | None = None
+    """Least estimated probability of a proposed path; None: 0.1 in chains (the released code), 0.2 in trees."""
     max_match: int = 64
     """Longest suffix that is compared."""
-    max_places: int = 16
-    """Most earlier places that vote."""
+    max_places: int = 32
+    """Most earlier places that vote, here and in past outputs each."""
     past_weight: float = 0.3
-    """What a score of past outputs counts for beside one of this text (0.01 to 1)."""
+    """What a score, and in trees a vote, of past outputs counts for beside one of this text (0.01 to 1)."""
     store_tokens: int = 500_000
     """Tokens of past outputs that are kept, oldest requests dropped first; 0 keeps none. 16 to 28 bytes each."""
 
     def __post_init__(self) -> None:
         number("factor", self.factor, 0.1, 100.0)
         number("offset", self.offset, -64.0, 64.0)
-        number("min_prob", self.min_prob, 0.0, 1.0)
+        if self.min_prob is not None:
+            number("min_prob", self.min_prob, 0.0, 1.0)
         whole("max_match", self.max_match, 1, 1024)
         whole("max_places", self.max_places, 1, 64)
         number("past_weight", self.past_weight, 0.01, 1.0)
@@ -88,7 +93,7 @@ class SuffixDrafter(Drafter):
         self.limits = Limits(
             factor=self.options.factor,
             offset=self.options.offset,
-            min_prob=self.options.min_prob,
+            min_prob=self.options.min_prob if self.options.min_prob is not None else _LEAST_IN_TREES if tree else _LEAST_IN_CHAINS,
             tree=tree,
             max_match=self.options.max_match,
             max_places=self.options.max_places,

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ABI = 1, SIZES = 3, BREAK = -1, MOST_PLACES = 64, MOST_TOKENS = 64 };
+enum { ABI = 2, SIZES = 3, BREAK = -1, MOST_PLACES = 64, MOST_TOKENS = 64 };
 static const int32_t GRAM[SIZES] = {6, 2, 1};
 
 typedef struct {
@@ -166,22 +166,35 @@ static int find_places(const Index *index, int s, const Entry *text_end, int32_t
 
 // ---------- walks ----------
 
-typedef struct { int32_t token, count; } Group;
+typedef struct { int32_t token, count; double weight; } Group;
+
+enum { MOST_VOTERS = 2 * MOST_PLACES };
 
 typedef struct {
-    const Index *index;
+    const Index *index[MOST_VOTERS];  // where each place is
+    int32_t at[MOST_VOTERS];          // where it has come to
+    int32_t owner[MOST_VOTERS];       // the node, by its number of creation, whose path it agrees with; 0 is the root
+    double weight[MOST_VOTERS];       // its vote, in trees
+    const Index *text;                // behind its end stands what is being proposed; NULL: nothing does
     const Query *query;
     Found *found;
-    int32_t at[MOST_PLACES];     // where each place has come to
-    int32_t owner[MOST_PLACES];  // the node, by its number of creation, whose path the place agrees with; 0 is the root
-    int32_t places, budget, grows;
+    int32_t places, budget;
 } Walk;
+
+static void add_place(Walk *walk, const Index *index, int32_t start, double weight) {
+    int i = walk->places++;
+    walk->index[i] = index;
+    walk->at[i] = start;
+    walk->owner[i] = 0;
+    walk->weight[i] = weight;
+}
 
 // The token that a place of the path to node `leaf`, which is `depth` deep, has come to.
 static int32_t token_at(const Walk *walk, int place, int32_t leaf, int32_t depth) {
-    int64_t beyond = walk->at[place] - walk->index->length;
-    if (beyond < 0) return walk->index->entries[walk->at[place]].token;
-    if (!walk->grows || beyond >= depth) return BREAK;
+    const Index *index = walk->index[place];
+    int64_t beyond = walk->at[place] - index->length;
+    if (beyond < 0) return index->entries[walk->at[place]].token;
+    if (index != walk->text || beyond >= depth) return BREAK;
     for (; depth > beyond + 1; depth--) leaf = walk->found->parents[leaf];
     return walk->found->tokens[leaf];
 }
@@ -194,8 +207,9 @@ static int group(const Walk *walk, int32_t owner, int32_t leaf, int32_t depth, G
         if (token == BREAK) continue;
         int g = 0;
         while (g < count && groups[g].token != token) g++;
-        if (g == count) groups[count++] = (Group){token, 0};
+        if (g == count) groups[count++] = (Group){token, 0, 0.0};
         groups[g].count++;
+        groups[g].weight += walk->weight[i];
     }
     return count;
 }
@@ -244,7 +258,7 @@ static void path_walk(Walk *walk) {
     }
 }
 
-typedef struct { double path, share; int32_t parent, token, owner, places, depth; } Node;
+typedef struct { double path, share; int32_t parent, token, owner, depth; } Node;
 
 static int before(const Node *a, const Node *b) {
     if (a->path != b->path) return a->path > b->path;
@@ -253,22 +267,22 @@ static int before(const Node *a, const Node *b) {
     return a->token < b->token;
 }
 
-// Emit the most probable paths first. Waiting nodes own disjoint places, so there are at most MOST_PLACES of them.
-static void tree_walk(Walk *walk) {
-    Group groups[MOST_PLACES];
-    Node waiting[MOST_PLACES];
+// Emit the paths with the largest shares of `total` votes first. Waiting nodes own disjoint places, so there are at most as many.
+static void tree_walk(Walk *walk, double total) {
+    Group groups[MOST_VOTERS];
+    Node waiting[MOST_VOTERS];
     Found *found = walk->found;
     int count = 0;
     int32_t owners = 0;
-    Node from = {.path = 1.0, .parent = -1, .token = BREAK, .places = walk->places};
+    Node from = {.path = 1.0, .parent = -1, .token = BREAK};
     for (;;) {
         int32_t leaf = found->count - 1;
         int num_groups = is_end(walk->query, from.token) ? 0 : group(walk, from.owner, leaf, from.depth, groups);
         for (int g = 0; g < num_groups; g++) {
-            double share = (double)groups[g].count / from.places, path = from.path * share;
+            double path = groups[g].weight / total;
             if (path < walk->query->min_prob) continue;
             advance(walk, from.owner, leaf, from.depth, groups[g].token, ++owners);
-            waiting[count++] = (Node){path, share, leaf, groups[g].token, owners, groups[g].count, from.depth + 1};
+            waiting[count++] = (Node){path, path / from.path, leaf, groups[g].token, owners, from.depth + 1};
         }
         if (!count || found->count >= walk->budget) return;
         int best = 0;
@@ -288,11 +302,11 @@ static int budget_of(const Query *query, int32_t matched, int max_tokens) {
     return allowed < max_tokens ? (int)allowed : max_tokens;
 }
 
-// The proposal of `index` after the end of `text` that scores above `to_beat`: 1 and `found`, or 0.
+// The chain that `index` proposes after the end of `text` and that scores above `to_beat`: 1 and `found`, or 0.
 int paceline_suffix_search(const Index *index, const Index *text, const Query *query, int max_tokens, double to_beat, Found *found) {
     Place places[MOST_PLACES];
     Found trial;
-    Walk walk = {.index = index, .query = query, .found = &trial, .grows = index == text};
+    Walk walk = {.query = query, .found = &trial, .text = text};
     int known = 0, better = 0;
     int32_t tail = text->length < query->max_match ? (int32_t)text->length : query->max_match;
     const Entry *text_end = text->entries + text->length;
@@ -302,14 +316,11 @@ int paceline_suffix_search(const Index *index, const Index *text, const Query *q
             if (i + 1 < last && places[i + 1].matched == places[i].matched) continue;
             walk.budget = budget_of(query, places[i].matched, max_tokens);
             if (walk.budget <= to_beat) return better;
-            walk.places = i + 1;
-            for (int j = 0; j <= i; j++) {
-                walk.at[j] = places[j].start;
-                walk.owner[j] = 0;
-            }
+            walk.places = 0;
+            for (int j = 0; j <= i; j++) add_place(&walk, index, places[j].start, 1.0);
             trial.count = 0;
             trial.score = 0.0;
-            (query->tree ? tree_walk : path_walk)(&walk);
+            path_walk(&walk);
             if (trial.score <= to_beat) continue;
             trial.matched = places[i].matched;
             *found = trial;
@@ -321,6 +332,35 @@ int paceline_suffix_search(const Index *index, const Index *text, const Query *q
     return better;
 }
 
+// The tree of what followed the end of `text`, there and in `past`, by votes.
+void paceline_suffix_vote(const Index *text, const Index *past, const Query *query, int max_tokens, Found *found) {
+    Place places[MOST_PLACES];
+    Walk walk = {.query = query, .found = found, .text = text};
+    int32_t tail = text->length < query->max_match ? (int32_t)text->length : query->max_match, longest = 0;
+    double total = 0.0, most = 0.0;
+    found->count = 0;
+    found->score = 0.0;
+    for (int pass = 0; pass < 2; pass++) {
+        const Index *index = pass ? past : text;
+        int known = 0;
+        for (int s = 0; s < SIZES; s++)
+            known += find_places(index, s, text->entries + text->length, tail, query->max_places, places, known);
+        for (int i = 0; i < known; i++) {
+            if (index == text && places[i].start == text->length) continue;  // the end itself
+            int32_t matched = places[i].matched;
+            double weight = (pass ? query->past_weight : 1.0) * (matched * matched);
+            add_place(&walk, index, places[i].start, weight);
+            total += weight;
+            if (weight > most) most = weight;
+            if (matched > longest) longest = matched;
+        }
+    }
+    if (!walk.places) return;
+    walk.budget = budget_of(query, longest, max_tokens);
+    tree_walk(&walk, total + most);
+    found->matched = longest;
+}
+
 // Appends tokens to `text`, and searches it and then `past`. Returns -1 when memory ran out, 0 for no proposal, else the number of
 // tokens in bits 0-7, in bits 8-9 one more than whether the places agree on the first token, and above the tokens that matched.
 int paceline_suffix_look(Index *text, const int32_t *tokens, int64_t count, const Index *past, const Query *query, int max_tokens,
@@ -328,8 +368,12 @@ int paceline_suffix_look(Index *text, const int32_t *tokens, int64_t count, cons
     found->count = 0;
     found->score = 0.0;
     if (!paceline_suffix_extend(text, tokens, count)) return -1;
-    paceline_suffix_search(text, text, query, max_tokens, 0.0, found);
-    paceline_suffix_search(past, text, query, max_tokens, found->score / query->past_weight, found);
+    if (query->tree) {
+        paceline_suffix_vote(text, past, query, max_tokens, found);
+    } else {
+        paceline_suffix_search(text, text, query, max_tokens, 0.0, found);
+        paceline_suffix_search(past, text, query, max_tokens, found->score / query->past_weight, found);
+    }
     if (!found->count) return 0;
     int agrees = (found->confidences[0] > query->agreed) - (found->confidences[0] < query->contested);
     return found->count | (agrees + 1) << 8 | found->matched << 10;

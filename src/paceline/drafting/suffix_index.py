@@ -3,6 +3,8 @@
 SuffixDecoding (2411.04975) keeps suffix trees with a count in each node. The count of a node is the number of places where its
 tokens occur; here those places themselves are found, through chains of equal n-grams as in deflate (RFC 1951), and counted
 when they are asked for. The statistics are the tree's, over at most `limit` places, the latest and longest matches first.
+Chains follow the paper. Trees take all places of the text and of past outputs at once, each with a vote by its match (`vote`,
+ours): a chain has to choose among lengths of match, a tree need not.
 Appending a token costs a few dictionary-free steps; memory is a few flat arrays; the oldest sequences can be dropped (ours).
 
 This is the readable reference, and what runs where nothing can be compiled; `suffix_native` does the same in microseconds.
@@ -14,7 +16,7 @@ import heapq
 from abc import ABC, abstractmethod
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple, Protocol, TypeVar
@@ -33,6 +35,7 @@ MOST_TOKENS = 64
 Tokens = Sequence[int]
 Same = TypeVar("Same", bound="TokenIndex")
 _BLOCK = 8
+_ONE_PATH = tuple(range(-1, MOST_TOKENS - 1))
 _FACTOR, _WORD = 0x9E3779B97F4A7C15, (1 << 64) - 1
 
 
@@ -41,6 +44,16 @@ class Place(NamedTuple):
 
     matched: int
     start: int
+
+
+class Voter(NamedTuple):
+    """A place where a tree's path may go on."""
+
+    weight: float
+    tokens: Tokens
+    at: int
+    grows: bool
+    """Behind the end of `tokens` stands what is being proposed, so that a period repeats."""
 
 
 class Speculation(NamedTuple):
@@ -56,8 +69,10 @@ class Speculation(NamedTuple):
     matched: int = 0
 
     def draft(self, num_tokens: int, name: str) -> Draft:
-        """The first `num_tokens` tokens as a point-mass draft."""
+        """The first `num_tokens` tokens as a point-mass draft. A tree of one path is a chain, which is cheaper to verify."""
         parents = self.parents[:num_tokens] if self.parents is not None else None
+        if parents == _ONE_PATH[: len(self.tokens[:num_tokens])]:
+            parents = None
         return Draft(self.tokens[:num_tokens], parents, confidences=self.confidences[:num_tokens], drafter=name)
 
 
@@ -127,11 +142,15 @@ class TokenIndex(ABC):
         `proposal` has them.
         """
         self.extend(new)
-        # The text's own end is one of its places, with nothing behind it: that smooths estimates from few places.
-        own = self.search(self, limits, max_tokens)
-        bar = own._replace(score=own.score / limits.past_weight)
-        found = past.search(self, limits, max_tokens, bar)
-        self._proposal = found = own if found is bar else found
+        if limits.tree:
+            found = self.vote(past, limits, max_tokens)
+        else:
+            # The text's own end is one of its places, with nothing behind it: that smooths estimates from few places.
+            own = self.search(self, limits, max_tokens)
+            bar = own._replace(score=own.score / limits.past_weight)
+            found = past.search(self, limits, max_tokens, bar)
+            found = own if found is bar else found
+        self._proposal = found
         return len(found.tokens), signal(found.matched, agreement(found)) if found.tokens else 0
 
     def proposal(self) -> Speculation:
@@ -140,7 +159,15 @@ class TokenIndex(ABC):
 
     @abstractmethod
     def search(self: Same, text: Same, limits: Limits, max_tokens: int, best: Speculation = NOTHING) -> Speculation:
-        """The best-scored proposal after the end of `text` (this index or another of its kind); `best` if none beats that one."""
+        """The best-scored chain after the end of `text` (this index or another of its kind); `best` if none beats that one."""
+
+    @abstractmethod
+    def vote(self: Same, past: Same, limits: Limits, max_tokens: int) -> Speculation:
+        """A tree of what followed the end of this text, here and in `past`.
+
+        Each place votes with the square of the tokens that it agrees in, those of `past` times `past_weight`; one more vote, as
+        strong as the strongest, is for nothing. A path's estimate is its share of all votes. The longest match sets the budget.
+        """
 
     @abstractmethod
     def memory_bytes(self) -> int:
@@ -235,6 +262,22 @@ class SuffixIndex(TokenIndex):
     def search(self, text: SuffixIndex, limits: Limits, max_tokens: int, best: Speculation = NOTHING) -> Speculation:
         return speculate(self, text.tokens[-limits.max_match :], limits, max_tokens, best, grows=text is self)
 
+    def vote(self, past: SuffixIndex, limits: Limits, max_tokens: int) -> Speculation:
+        tail = self.tokens[-limits.max_match :]
+        voters: list[Voter] = []
+        longest, total, strongest = 0, 0.0, 0.0
+        for source, trust in ((self, 1.0), (past, limits.past_weight)):
+            for places in source.places(tail, limits.max_places):
+                for matched, start in places:
+                    if source is self and start == len(self.tokens):
+                        continue  # the end itself
+                    weight = trust * (matched * matched)
+                    voters.append(Voter(weight, source.tokens, start, source is self))
+                    longest, total, strongest = max(longest, matched), total + weight, max(strongest, weight)
+        budget = budget_of(limits, longest, min(max_tokens, MOST_TOKENS))
+        found = tree_walk(voters, total + strongest, budget, limits, longest)
+        return found if found.tokens else NOTHING
+
     def memory_bytes(self) -> int:
         return sum(a.itemsize * len(a) for a in (self._tokens, *self._heads, *self._links))
 
@@ -263,20 +306,28 @@ def speculate(
     what is being proposed, and a period repeats (ours).
     """
     starts: list[int] = []
-    walk = tree_walk if limits.tree else path_walk
     most = min(max_tokens, MOST_TOKENS)
     for places in source.places(tail, limits.max_places):
         for i, (matched, start) in enumerate(places):
             starts.append(start)
             if i + 1 < len(places) and places[i + 1].matched == matched:
                 continue  # not yet all places that agree in this many tokens
-            budget = min(most, int(matched * limits.factor + limits.offset + 1e-6))
+            budget = budget_of(limits, matched, most)
             if budget <= best.score:
                 return best
-            found = walk(source.tokens, starts, budget, limits, matched, grows)
+            if limits.tree:
+                voters = [Voter(1.0, source.tokens, at, grows) for at in starts]
+                found = tree_walk(voters, float(len(starts)), budget, limits, matched)
+            else:
+                found = path_walk(source.tokens, starts, budget, limits, matched, grows)
             if found.score > best.score:
                 best = found
     return best
+
+
+def budget_of(limits: Limits, matched: int, most: int) -> int:
+    """Tokens that a match may propose, at most `most`."""
+    return min(most, int(matched * limits.factor + limits.offset + 1e-6))
 
 
 def followers(tokens: Tokens, starts: Sequence[int], beyond: Sequence[int] = ()) -> dict[int, list[int]]:
@@ -316,21 +367,29 @@ def path_walk(tokens: Tokens, starts: Sequence[int], budget: int, limits: Limits
     return Speculation(tuple(chain), None, tuple(confidences), score, matched)
 
 
-def tree_walk(tokens: Tokens, starts: Sequence[int], budget: int, limits: Limits, matched: int, grows: bool) -> Speculation:
-    """Emit the most probable paths first, whatever their parents."""
+def tree_walk(voters: Sequence[Voter], total: float, budget: int, limits: Limits, matched: int) -> Speculation:
+    """Emit the paths with the largest shares of `total` votes first, whatever their parents."""
     drafted: list[int] = []
     parents: list[int] = []
     confidences: list[float] = []
     score = 0.0
-    heap: list[tuple[float, int, float, int, Sequence[int], list[int]]] = []
+    heap: list[tuple[float, int, float, int, Sequence[int], list[Voter]]] = []
 
-    def push(parent: int, path_prob: float, path: Sequence[int], starts: Sequence[int]) -> None:
-        for token, behind in followers(tokens, starts, path if grows else ()).items():
-            share = len(behind) / len(starts)
-            if path_prob * share >= limits.min_prob:
-                heapq.heappush(heap, (-path_prob * share, parent, share, token, path, behind))
+    def push(parent: int, path_prob: float, path: Sequence[int], voters: Iterable[Voter]) -> None:
+        groups: dict[int, list[Voter]] = {}
+        votes: dict[int, float] = {}
+        for voter in voters:
+            beyond = voter.at - len(voter.tokens)
+            token = voter.tokens[voter.at] if beyond < 0 else path[beyond] if voter.grows and beyond < len(path) else BREAK
+            if token != BREAK:
+                groups.setdefault(token, []).append(voter._replace(at=voter.at + 1))
+                votes[token] = votes.get(token, 0.0) + voter.weight
+        for token, behind in groups.items():
+            prob = votes[token] / total
+            if prob >= limits.min_prob:
+                heapq.heappush(heap, (-prob, parent, prob / path_prob, token, path, behind))
 
-    push(-1, 1.0, (), starts)
+    push(-1, 1.0, (), voters)
     while heap and len(drafted) < budget:
         negative, parent, share, token, path, behind = heapq.heappop(heap)
         drafted.append(token)

@@ -30,7 +30,7 @@ _SOURCES = compiled.Sources(
     folder=Path(__file__).parent,
     files=("suffix_index.c",),
     flags=("-O2", "-ffp-contract=off"),
-    abi=("paceline_suffix_abi", 1),
+    abi=("paceline_suffix_abi", 2),
 )
 _MOST_PLACES = 64
 """Room that the C code has for places."""
@@ -70,6 +70,7 @@ def load_library() -> ctypes.CDLL | str:
         ("end_sequence", c_int, [c_void_p]),
         ("drop_to", None, [c_void_p, c_int64]),
         ("search", c_int, [c_void_p, c_void_p, c_void_p, c_int, c_double, c_void_p]),
+        ("vote", None, [c_void_p, c_void_p, c_void_p, c_int, c_void_p]),
         ("look", c_int, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int, c_void_p]),
     ):
         function = getattr(library, f"paceline_suffix_{name}")
@@ -135,6 +136,12 @@ class NativeIndex(TokenIndex):
         if not search(self._handle, text._handle, text._query_at, max_tokens, best.score, text._found_at):
             return best
         return text._unpack()
+
+    def vote(self, past: NativeIndex, limits: Limits, max_tokens: int) -> Speculation:
+        if self._limits is not limits:
+            self._prepare(limits)
+        self._library.paceline_suffix_vote(self._handle, past._handle, self._query_at, max_tokens, self._found_at)
+        return self._unpack() if self._found.count else NOTHING
 
     def _unpack(self) -> Speculation:
         found = self._found

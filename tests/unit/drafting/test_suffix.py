@@ -17,6 +17,7 @@ from paceline.drafting.suffix_index import (
     Place,
     Speculation,
     SuffixIndex,
+    agreement,
     followers,
     path_walk,
     speculate,
@@ -98,6 +99,78 @@ def test_tree_walk_emits_paths_by_probability() -> None:
     assert found.score == pytest.approx(sum(probs))
 
 
+def vote(text: list[int], past: list[list[int]], limits: Limits, max_tokens: int = 8) -> Speculation:
+    index, outputs = index_of(text), index_of(*past)
+    outputs.end_sequence()
+    return index.vote(outputs, replace(limits, tree=True), max_tokens)
+
+
+def test_places_vote_with_the_square_of_their_match_and_one_vote_is_for_nothing() -> None:
+    # 1 2 -> 5 agrees in two tokens, 2 -> 6 in one: votes 4, 1 and 4 for nothing.
+    found = vote([1, 2, 5, 7, 2, 6, 1, 2], [[]], Limits(factor=1.5))
+    assert (found.tokens, found.parents, found.matched) == ((5, 7, 2), (-1, 0, 1), 2)
+    assert found.confidences == pytest.approx((4 / 9, 1, 1))
+    assert found.score == pytest.approx(3 * 4 / 9)
+    both = vote([1, 2, 5, 7, 2, 6, 1, 2], [[]], Limits(factor=8.0, min_prob=0.05, end_ids=frozenset({5, 6})))
+    roots = {t: c for t, p, c in zip(both.tokens, both.parents or (), both.confidences, strict=True) if p < 0}
+    assert roots == pytest.approx({5: 4 / 9, 6: 1 / 9})
+
+
+def test_past_outputs_vote_in_the_same_tree() -> None:
+    for weight, expected in ((0.5, [5, 8]), (2.0, [8, 5])):
+        found = vote([1, 2, 5, 7, 3, 1, 2], [[0, 1, 2, 8]], Limits(factor=1.0, past_weight=weight, end_ids=frozenset({5, 8})))
+        assert found.parents is not None
+        assert [token for token, parent in zip(found.tokens, found.parents, strict=True) if parent < 0] == expected
+
+
+def test_a_single_place_neither_agrees_nor_contradicts() -> None:
+    found = vote([4, 1, 2, 5, 4, 1, 2], [[]], Limits())
+    assert (found.confidences[0], agreement(found)) == (0.5, 0)
+    assert agreement(vote([4, 1, 2, 5, 8, 4, 1, 2, 5, 9, 4, 1, 2], [[]], Limits())) == 1
+    assert agreement(vote([4, 1, 2, 5, 8, 4, 1, 2, 6, 9, 4, 1, 2, 7, 0, 4, 1, 2], [[]], Limits())) == -1
+
+
+def test_a_tree_of_one_path_is_verified_as_a_chain() -> None:
+    found = vote([4, 1, 2, 5, 6, 7, 4, 1, 2], [[]], Limits())
+    assert found.parents == (-1, 0, 1)
+    assert found.draft(3, "x").parents is None
+    forked = vote([4, 1, 2, 5, 8, 4, 1, 2, 6, 9, 4, 1, 2], [[]], Limits())
+    assert forked.draft(1, "x").parents is None
+    assert forked.draft(2, "x").parents == (-1, -1)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=20), min_size=1, max_size=4),
+    st.permutations([0, 1, 2, 3]),
+    st.integers(1, 4),
+    st.sampled_from([0.0, 0.1, 0.3]),
+)
+def test_shares_of_votes_equal_counting_from_the_definition(
+    past: list[list[int]], order: list[int], length: int, min_prob: float
+) -> None:
+    text = order[:length]  # no token twice: all places are in past outputs
+    found = vote(text, past, Limits(factor=9.0, min_prob=min_prob, max_places=1000), max_tokens=40)
+    votes = []
+    for output in past:
+        for at in range(1, len(output) + 1):
+            matched = next((m for m in range(min(at, length), 0, -1) if output[at - m : at] == text[-m:]), 0)
+            votes.append((matched**2, output[at:]))
+    total = sum(weight for weight, _ in votes) + max(weight for weight, _ in votes)
+    paths: list[list[int]] = []
+    reached: list[float] = []
+    for token, parent, share in zip(found.tokens, found.parents or (), found.confidences, strict=True):
+        paths.append([*(paths[parent] if parent >= 0 else []), token])
+        reached.append(share * (reached[parent] if parent >= 0 else 1.0))
+        expected = sum(weight for weight, rest in votes if rest[: len(paths[-1])] == paths[-1]) / total
+        assert reached[-1] == pytest.approx(expected)
+        assert expected >= min_prob - 1e-12
+    assert reached == sorted(reached, reverse=True) or reached == pytest.approx(sorted(reached, reverse=True))
+    assert len({tuple(path) for path in paths}) == len(paths)
+    firsts = {rest[0] for weight, rest in votes if weight and rest}
+    if not min_prob and len(found.tokens) < 9 * found.matched and len(found.tokens) < 40:
+        assert firsts == {path[0] for path in paths if len(path) == 1}
+
+
 def naive_path(sequences: list[list[int]], context: list[int], matched: int, budget: int) -> list[float]:
     """Path probabilities straight from the definition of the counts."""
     node = context[len(context) - matched :]
@@ -173,9 +246,8 @@ def test_short_drafts_are_beginnings_of_long_ones_in_both_shapes() -> None:
         for count in range(1, len(whole)):
             part = session.propose(count, always)
             assert part.tokens == whole.tokens[:count]
-            assert (part.parents is None) == (not tree)
-            if part.parents is not None:
-                assert all(parent < i for i, parent in enumerate(part.parents))
+            assert part.parents is None or part.parents == (whole.parents or ())[:count]
+        assert (whole.parents is None) == (not tree)
 
 
 def test_nothing_follows_an_end_token() -> None:

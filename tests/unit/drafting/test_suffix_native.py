@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -66,7 +68,8 @@ def test_both_propose_the_same(
         assert own_fast.proposal().tokens == own_reference.proposal().tokens
         if expected[0]:
             assert own_fast.proposal() == own_reference.proposal()
-        assert own_fast.search(own_fast, limits, max_tokens) == own_reference.search(own_reference, limits, max_tokens)
+        chains = replace(limits, tree=False)
+        assert own_fast.search(own_fast, chains, max_tokens) == own_reference.search(own_reference, chains, max_tokens)
 
 
 @needs_compiler
@@ -74,6 +77,9 @@ def test_both_propose_the_same_on_long_texts_of_many_tokens() -> None:
     rng = np.random.default_rng(0)
     phrases = [rng.integers(0, 50_000, rng.integers(2, 30)).tolist() for _ in range(40)]
     reference, fast = SuffixIndex(), native(13)
+    past_reference, past_fast = SuffixIndex(), native(13)
+    for index in (past_reference, past_fast):
+        fill(index, [[*phrases[i], *phrases[i + 7]] for i in range(30)], [])
     proposals = 0
     for i in range(400):
         phrase = phrases[rng.integers(len(phrases))]
@@ -82,9 +88,12 @@ def test_both_propose_the_same_on_long_texts_of_many_tokens() -> None:
             if i % 50 == 49:
                 index.end_sequence()
                 index.drop_to(3000)
-        limits = Limits(factor=2.0, tree=bool(i % 2))
-        found = fast.search(fast, limits, 16)
-        assert found == reference.search(reference, limits, 16)
+        limits = Limits(factor=2.0, tree=bool(i % 2), past_weight=0.3)
+        fast.look([], past_fast, limits, 16)
+        reference.look([], past_reference, limits, 16)
+        found = fast.proposal()
+        assert found.tokens == reference.proposal().tokens
+        assert not found.tokens or found == reference.proposal()
         proposals += len(found.tokens)
     assert proposals > 1000
 
