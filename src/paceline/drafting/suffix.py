@@ -123,27 +123,28 @@ class SuffixSession(DraftSession):
         self._store = drafter.store
         self._limits = replace(drafter.limits, end_ids=view.end_ids)
         self._view = view
+        self._tokens = view.tokens
         self._index = open_index()
         self._indexed = self._found = self._signal = 0
+        self._nothing = Outlook(drafter.name, 0)
         self._width = -1
 
     def _look(self, max_tokens: int) -> int:
         """How many of at most `max_tokens` tokens are there (the beginning of what was found for more tokens)."""
-        tokens = self._view.tokens
+        tokens = self._tokens
         length = len(tokens)
         if length != self._indexed or self._width < max_tokens:
             new = tokens[self._indexed :]
             self._found, self._signal = self._store.look(self._index, new, self._limits, max_tokens)
             self._indexed, self._width = length, max_tokens
-        return min(self._found, max_tokens)
+        return self._found if self._found < max_tokens else max_tokens
 
     def outlook(self, max_tokens: int) -> Outlook:
         available = self._look(max_tokens)
-        return Outlook(self._name, available, self._signal if available else 0)
+        return Outlook(self._name, available, self._signal) if available else self._nothing
 
     def propose(self, num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
-        available = self._look(num_tokens)
-        return self._index.proposal().draft(available, self._name)
+        return self._index.proposal(self._look(num_tokens)).draft(num_tokens, self._name)
 
     def memory_bytes(self) -> int:
         return self._index.memory_bytes()

@@ -153,8 +153,8 @@ class TokenIndex(ABC):
         self._proposal = found
         return len(found.tokens), signal(found.matched, agreement(found)) if found.tokens else 0
 
-    def proposal(self) -> Speculation:
-        """What the last `look` found."""
+    def proposal(self, most: int = MOST_TOKENS) -> Speculation:
+        """What the last `look` found, of which at least the first `most` tokens."""
         return self._proposal
 
     @abstractmethod

@@ -126,8 +126,8 @@ class NativeIndex(TokenIndex):
             return 0, 0
         return packed & 0xFF, signal(packed >> 10, (packed >> 8 & 3) - 1)
 
-    def proposal(self) -> Speculation:
-        return self._unpack()
+    def proposal(self, most: int = MOST_TOKENS) -> Speculation:
+        return self._unpack(most)
 
     def search(self, text: NativeIndex, limits: Limits, max_tokens: int, best: Speculation = NOTHING) -> Speculation:
         if text._limits is not limits:
@@ -143,9 +143,9 @@ class NativeIndex(TokenIndex):
         self._library.paceline_suffix_vote(self._handle, past._handle, self._query_at, max_tokens, self._found_at)
         return self._unpack() if self._found.count else NOTHING
 
-    def _unpack(self) -> Speculation:
+    def _unpack(self, most: int = MOST_TOKENS) -> Speculation:
         found = self._found
-        count = found.count
+        count = min(found.count, most)
         parents = tuple(found.parents[:count]) if self._query.tree else None
         return Speculation(tuple(found.tokens[:count]), parents, tuple(found.confidences[:count]), found.score, found.matched)
 
