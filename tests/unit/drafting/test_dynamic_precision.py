@@ -61,6 +61,13 @@ def test_thresholds_keep_the_mean_over_the_rows_that_they_were_fitted_on(share: 
     assert float((wide * shares).sum()) / 40 == pytest.approx(share, abs=0.005)
 
 
+def test_a_quarter_of_the_tokens_gets_the_wider_format_as_in_the_worked_example() -> None:
+    errors = torch.arange(1, 9).view(8, 1, 1) / 10  # 0.1 ... 0.8 of one matrix, 3.25 bits of 3 and 4
+    threshold = fit_thresholds(torch.ones(1, 1), errors, torch.ones(1, 1), 0.25)
+    assert 0.6 - 1e-6 <= float(threshold) < 0.7  # the note's quantile, 0.625, lies between the same two
+    assert errors[errors > threshold + 1e-6].tolist() == pytest.approx([0.7, 0.8])
+
+
 def test_with_one_row_thresholds_choose_as_the_choice_by_matrix_does() -> None:
     shares = grid(4) / grid(4).sum()
     thresholds = fit_thresholds(grid(3), grid(6)[None], shares, 0.4)

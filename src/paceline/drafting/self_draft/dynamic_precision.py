@@ -9,6 +9,8 @@ its bits (ours). Both formats stay in memory: 1.5 times an int8 copy for int4 an
 the estimated error on the row's own input (`execution/graded.py`). On Gemma 3 270M (int4 and int8, overlap with the float32 model's
 distributions over 500 tokens of English) the choice by matrix gave 0.800 at 5.46 bits and 0.841 at 6.0, by token 0.788 at 5.47 and
 0.832 at 5.96, one choice for a whole layer 0.791 at 5.56 and 0.805 at 6.0. So the choice by token is there to be tried, and off.
+The paper learns each layer's mean precision by back-propagation and trains its estimators of the error; here both are measured
+without training. What is estimated is the error of a matrix's own output on a row, not what it does to that row's logits.
 """
 
 from __future__ import annotations
