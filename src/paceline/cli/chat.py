@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 import typer
@@ -66,11 +67,7 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
         fold = StreamFold()
         try:
-            for event in self.engine.chat_stream(self.messages, self.params):
-                fold.add(event)
-                echo_event(self.engine, event)
-        except KeyboardInterrupt:
-            pass
+            fold.follow(self.engine.chat_stream(self.messages, self.params), partial(echo_event, self.engine))
         except PromptError as error:
             self.messages.pop()
             typer.echo(f"error: {error}; /reset starts afresh", err=True)

@@ -17,7 +17,7 @@ from paceline.cli import loading
 from paceline.cli.generate import AsJson, Chat, Prompt, System, print_summary
 from paceline.cli.loading import Request
 from paceline.cli.options import Settings, takes_settings
-from paceline.cli.output import draft_memory, result_document
+from paceline.cli.output import StreamFold, draft_memory, result_document
 from paceline.config import RunnerConfig, SamplingParams, SpeculationConfig
 from paceline.errors import OptionError
 from paceline.study.reliability import calibration_error, plot_reliability, reliability_bar
@@ -43,7 +43,7 @@ def explain(
     *,
     settings: Settings,
 ) -> None:
-    """Answer a prompt and show every round: what was drafted, kept, what it cost, and why."""
+    """Answer a prompt and show every round: what was drafted, kept, what it cost, and why. Ctrl-C shows those so far."""
     if settings.sampling.n > 1:
         raise OptionError(f"-n = {settings.sampling.n}: explain one answer at a time; leave it out")
     text = loading.read_prompt(prompt)
@@ -53,13 +53,17 @@ def explain(
         check_writable(plot)
     with loading.open_engine(settings) as engine:
         engine.controller.explain()
-        result = Request.make(engine, text, system, chat).run(engine, settings.sampling)[0]
+        fold = StreamFold()
+        interrupted = fold.follow(Request.make(engine, text, system, chat).stream(engine, settings.sampling))
+        result = fold.finish(engine)
         if as_json:
             typer.echo(json.dumps(explanation(engine, result), ensure_ascii=False))
         else:
             show(engine, result, rounds)
         if plot is not None:
             plot_reliability(engine.controller.calibration(), plot)
+        if interrupted:
+            raise typer.Exit(130)
 
 
 def show(engine: Engine, result: GenerationResult, rounds: int) -> None:

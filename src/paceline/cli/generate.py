@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,7 +48,7 @@ def generate(
             outcome = run_side_by_side(engine, request, settings.sampling)
             print_side_by_side(engine, outcome, as_json)
         elif settings.sampling.n > 1:
-            _print_samples(engine, request.run(engine, settings.sampling), as_json)
+            _print_samples(engine, _all_samples(engine, request, settings.sampling), as_json)
         else:
             _stream(engine, request, settings.sampling, as_json)
 
@@ -55,15 +56,7 @@ def generate(
 def _stream(engine: Engine, request: Request, params: SamplingParams, as_json: bool) -> None:
     """Print while tokens come. Ctrl-C keeps what there is, and exits with 130."""
     fold = StreamFold()
-    try:
-        for event in request.stream(engine, params):
-            fold.add(event)
-            if not as_json:
-                echo_event(engine, event)
-    except KeyboardInterrupt:
-        interrupted = True
-    else:
-        interrupted = False
+    interrupted = fold.follow(request.stream(engine, params), None if as_json else partial(echo_event, engine))
     result = fold.finish(engine)
     if as_json:
         typer.echo(json.dumps(result_document(engine, result), ensure_ascii=False))
@@ -79,6 +72,17 @@ def print_summary(engine: Engine, result: GenerationResult) -> None:
     for note in result.notes:
         typer.echo(f"note: {note}", err=True)
     typer.echo(typer.style(summary_line(engine, result), dim=True), err=True)
+
+
+def _all_samples(engine: Engine, request: Request, params: SamplingParams) -> list[GenerationResult]:
+    """They are decoded together, so that none is whole before the last rounds."""
+    try:
+        return request.run(engine, params)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"interrupted: the {params.n} answers of -n are shown once all have ended; with -n 1 text comes at once", err=True
+        )
+        raise
 
 
 def _print_samples(engine: Engine, results: list[GenerationResult], as_json: bool) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,9 @@ from paceline.cli.replay import replay
 from paceline.cli.stack import stack
 from paceline.cli.trace import trace
 from paceline.errors import PacelineError
+
+_UsageError: Any = typer.BadParameter.__mro__[1]
+"""What the parser raises for unknown options and values of the wrong kind; typer has no public name for it."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -57,6 +60,12 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _usage(error: Any) -> str:
+    """What is wrong with the arguments, and where the right ones are listed."""
+    command = error.ctx.command_path if error.ctx is not None else "paceline"
+    return f"{error.format_message().rstrip('.')}; `{command} --help` lists commands and options"
+
+
 def run() -> None:
     """Entry point of the `paceline` command."""
     sys.exit(run_guarded())
@@ -65,7 +74,7 @@ def run() -> None:
 def run_guarded() -> int:
     """Run the command line of `sys.argv`; errors become one line on stderr. Returns the exit code."""
     try:
-        app(prog_name="paceline")
+        code = app(sys.argv[1:] or ["--help"], prog_name="paceline", standalone_mode=False)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except KeyboardInterrupt:
@@ -74,6 +83,8 @@ def run_guarded() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if isinstance(error, _UsageError):
+            return _fail(_usage(error), 2) if error.format_message() else 2  # empty: a group without a command showed its help
         if "--debug" in sys.argv[1:]:
             raise
         if isinstance(error, PacelineError):
@@ -81,4 +92,4 @@ def run_guarded() -> int:
         if isinstance(error, (OSError, MemoryError)):
             return _fail(str(error) or "out of memory", 1)
         return _fail(f"{type(error).__name__}: {error} (a fault of paceline; `paceline --debug ...` shows where)", 1)
-    return 0
+    return code if isinstance(code, int) else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,17 @@ class StreamFold:
         if event.record is not None:
             self.steps.append(event.record)
         self.result = event.result or self.result
+
+    def follow(self, events: Iterable[StreamEvent], show: Callable[[StreamEvent], None] | None = None) -> bool:
+        """Add all events, showing each one as it comes. True when Ctrl-C broke them off."""
+        try:
+            for event in events:
+                self.add(event)
+                if show is not None:
+                    show(event)
+        except KeyboardInterrupt:
+            return True
+        return False
 
     def finish(self, engine: Engine) -> GenerationResult:
         """The engine's own result, or what was delivered before the interruption."""

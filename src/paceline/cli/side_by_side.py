@@ -18,53 +18,49 @@ if TYPE_CHECKING:
     from paceline.engine import Engine
     from paceline.records import GenerationResult
 
-REPEATS = 2
 WARM_UP_TOKENS = 8
+_WARM_UP = "Count from one to twenty."
 
 
 @dataclass(frozen=True, slots=True)
 class SideBySide:
-    """Runs of both ways, in the order plain, speculative, plain, speculative."""
+    """Plain, speculative, plain: drift of the machine falls on both ways, and no draft is taken from an answer already given."""
 
-    plain: tuple[GenerationResult, ...]
-    speculative: tuple[GenerationResult, ...]
+    plain: tuple[GenerationResult, GenerationResult]
+    speculative: GenerationResult
 
     @property
     def same_text(self) -> bool:
-        return all(result.token_ids == self.plain[0].token_ids for result in (*self.plain, *self.speculative))
+        return all(result.token_ids == self.plain[0].token_ids for result in (self.plain[1], self.speculative))
 
-
-def tokens_per_second(results: tuple[GenerationResult, ...]) -> float:
-    """Tokens of all runs over the decode seconds of all runs."""
-    seconds = sum(result.decode_seconds for result in results)
-    return sum(result.num_tokens for result in results) / seconds if seconds else 0.0
+    @property
+    def plain_tokens_per_second(self) -> float:
+        """Tokens of both plain runs over their decode seconds."""
+        seconds = sum(result.decode_seconds for result in self.plain)
+        return sum(result.num_tokens for result in self.plain) / seconds if seconds else 0.0
 
 
 def run_side_by_side(engine: Engine, request: Request, params: SamplingParams) -> SideBySide:
-    """Warm up, then alternate, so that drift of the machine falls on both. Sampled runs share one seed."""
+    """Warm up on another prompt, then answer three times. Sampled runs share one seed."""
     short = replace(params, max_tokens=min(WARM_UP_TOKENS, params.max_tokens), min_tokens=0)
-    warm_up = [request.run(engine, short, plain=plain)[0] for plain in (True, False)]
+    warm_up = [Request(_WARM_UP, chat=request.chat).run(engine, short, plain=plain)[0] for plain in (True, False)]
     if params.seed is None:
         params = replace(params, seed=warm_up[0].seed)
-    runs: dict[bool, list[GenerationResult]] = {True: [], False: []}
-    for _ in range(REPEATS):
-        for plain in (True, False):
-            runs[plain].append(request.run(engine, params, plain=plain)[0])
-    return SideBySide(tuple(runs[True]), tuple(runs[False]))
+    before, speculative, after = (request.run(engine, params, plain=plain)[0] for plain in (True, False, True))
+    return SideBySide((before, after), speculative)
 
 
 def document(engine: Engine, outcome: SideBySide) -> dict[str, Any]:
-    """The object of `generate --json`, with both speeds measured over all runs."""
-    plain, speculative = tokens_per_second(outcome.plain), tokens_per_second(outcome.speculative)
-    return result_document(engine, outcome.speculative[-1]) | {
-        "tokens_per_second": speculative,
+    """The object of `generate --json`, with both speeds measured."""
+    plain, final = outcome.plain_tokens_per_second, outcome.speculative
+    runs = (("plain", outcome.plain[0]), ("speculative", final), ("plain", outcome.plain[1]))
+    return result_document(engine, final) | {
         "plain_tokens_per_second": plain,
-        "speedup_vs_plain": speculative / plain if plain else None,
+        "speedup_vs_plain": final.tokens_per_second / plain if plain else None,
         "same_text": outcome.same_text,
         "runs": [
             {"method": name, "tokens_per_second": result.tokens_per_second, "num_tokens": result.num_tokens}
-            for pair in zip(outcome.plain, outcome.speculative, strict=True)
-            for name, result in zip(("plain", "speculative"), pair, strict=True)
+            for name, result in runs
         ],
     }
 
@@ -75,16 +71,17 @@ def print_side_by_side(engine: Engine, outcome: SideBySide, as_json: bool) -> No
     if as_json:
         typer.echo(json.dumps(data, ensure_ascii=False))
         return
-    typer.echo(outcome.speculative[-1].text)
+    typer.echo(outcome.speculative.text)
     info = engine.runner.info
-    table = Table(title=f"{info.precision} {info.backend} on {info.device}, {REPEATS} runs each, in turn")
+    table = Table(title=f"{info.precision} {info.backend} on {info.device}; plain, speculative, plain")
     for column in ("way", "tokens", "tok/s", "against plain", "accepted / drafted", "tokens a round"):
         table.add_column(column, justify="left" if column == "way" else "right")
-    plain_speed = tokens_per_second(outcome.plain)
-    last = outcome.speculative[-1]
-    rows = (("plain", outcome.plain), (f"{drafters_used(last.steps)}, {engine.controller.name}", outcome.speculative))
-    for name, results in rows:
-        speed, final = tokens_per_second(results), results[-1]
+    plain_speed, last = outcome.plain_tokens_per_second, outcome.speculative
+    rows = (
+        ("plain", outcome.plain[0], plain_speed),
+        (f"{drafters_used(last.steps)}, {engine.controller.name}", last, last.tokens_per_second),
+    )
+    for name, final, speed in rows:
         table.add_row(
             name,
             str(final.num_tokens),

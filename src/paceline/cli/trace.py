@@ -38,8 +38,13 @@ def trace(
         deciding = Survey() if survey else engine.controller
         with TraceWriter(lines, deciding.name, engine.costs) as writer:
             engine.controller = Tracing(deciding, writer)
-            for prompt in prompt_set:
-                Request.make(engine, prompt.text, "", False if raw else None).run(engine, settings.sampling, task=prompt.category)
+            try:
+                for prompt in prompt_set:
+                    request = Request.make(engine, prompt.text, "", False if raw else None)
+                    request.run(engine, settings.sampling, task=prompt.category)
+            except KeyboardInterrupt:
+                typer.echo(f"interrupted; the rounds so far are in {writer.part}, which `paceline replay --trace` reads", err=True)
+                raise
     recorded = read_trace(lines)
     if out.suffix == ".parquet":
         write_parquet(recorded, out)

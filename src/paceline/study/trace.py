@@ -68,9 +68,10 @@ class TraceWriter:
     def __init__(self, path: str | Path, controller: str, costs: CostTable | None) -> None:
         """Raises ResourceError when the file cannot be written."""
         self.path = Path(path)
-        self._part = self.path.with_name(self.path.name + ".part")
+        self.part = self.path.with_name(self.path.name + ".part")
+        """Where the rounds are until the recording is complete."""
         try:
-            self._file: TextIO = self._part.open("w", encoding="utf-8")
+            self._file: TextIO = self.part.open("w", encoding="utf-8")
         except OSError as error:
             raise self._refused(error) from error
         table = costs.to_json() if costs is not None else None
@@ -97,7 +98,7 @@ class TraceWriter:
         """Finish: the file appears under its name, whole."""
         self._file.close()
         try:
-            os.replace(self._part, self.path)
+            os.replace(self.part, self.path)
         except OSError as error:
             raise self._refused(error) from error
 

@@ -29,8 +29,30 @@ def test_version(run: Run) -> None:
     assert run("--version").stdout.strip() == __version__
 
 
-def test_unknown_option_is_refused(run: Run) -> None:
-    assert run("generate", "hi", "--tempurature", "1").code == 2
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("generate", "hi", "--tempurature", "1"), "--tempurature"),
+        (("generate", "hi", "--seed", "x"), "--seed"),
+        (("generate", "hi", "there"), "there"),
+        (("explain", "hi", "--rounds", "0"), "--rounds"),
+        (("genrate", "hi"), "genrate"),
+        (("trace",), "out"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_one_line_that_names_them(run: Run, arguments: tuple[str, ...], named: str) -> None:
+    outcome = run(*arguments)
+    assert (outcome.code, outcome.stdout, outcome.stderr.count("\n")) == (2, "", 1)
+    assert outcome.stderr.startswith("error: ")
+    assert named in outcome.stderr.lower()
+    assert "--help` lists" in outcome.stderr
+
+
+@pytest.mark.parametrize("group", [(), ("corpus",)])
+def test_no_arguments_show_the_help(run: Run, group: tuple[str, ...]) -> None:
+    outcome = run(*group)
+    assert "Usage: paceline" in outcome.stdout
+    assert not outcome.stderr
 
 
 def test_model_that_cannot_be_loaded_is_one_line_and_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +109,15 @@ def test_explain_shows_rounds_with_reasons_and_costs(run: Run, monkeypatch: pyte
     assert "1 more rounds" in outcome.stdout
     assert "cost of a forward" in outcome.stdout
     assert "ngram: 0.100 ms a round" in outcome.stdout
+
+
+def test_an_interrupted_explanation_shows_the_rounds_so_far(run: Run, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    engine.interrupt_after = 1
+    outcome = run("explain", "abcdefghijkl", "--raw")
+    assert outcome.code == 130
+    assert outcome.stdout.count("pays [0.9]") == 1
+    assert "4 tokens" in outcome.stderr
 
 
 def test_explain_shows_the_calibration_of_controllers_that_keep_one(run: Run, engine: FakeEngine) -> None:

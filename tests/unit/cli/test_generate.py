@@ -141,15 +141,28 @@ def test_interruption_with_json_still_prints_one_object(run: Run, engine: FakeEn
     assert (data["text"], data["finish_reason"], data["num_tokens"]) == ("ABCD", "interrupted", 4)
 
 
-def test_compare_alternates_after_a_warm_up_and_finds_the_same_text(run: Run, engine: FakeEngine) -> None:
+def test_interrupted_samples_say_why_nothing_is_shown(run: Run, engine: FakeEngine) -> None:
+    engine.interrupt_after = 1
+    outcome = run("generate", "abcdefghijkl", "--raw", "-n", "2", "--temperature", "1")
+    assert (outcome.code, outcome.stdout) == (130, "")
+    assert "the 2 answers of -n are shown once all have ended" in outcome.stderr
+
+
+def test_compare_runs_plain_around_speculative_after_a_warm_up_and_finds_the_same_text(run: Run, engine: FakeEngine) -> None:
     outcome = run("generate", "abcdefghijkl", "--raw", "--compare", "--json")
     data = json.loads(outcome.stdout)
     assert data["same_text"] is True
     assert data["speedup_vs_plain"] == pytest.approx(2.0)
     assert data["plain_tokens_per_second"] == pytest.approx(100.0)
-    assert [plain for _, _, plain in engine.calls] == [True, False] * 3
+    assert [plain for _, _, plain in engine.calls] == [True, False, True, False, True]
     assert [params.max_tokens for _, params, _ in engine.calls[:2]] == [8, 8]
     assert list(data)[: len(JSON_FIELDS)] == JSON_FIELDS
+
+
+def test_compare_never_drafts_from_an_answer_to_the_same_prompt(run: Run, engine: FakeEngine) -> None:
+    run("generate", "abcdefghijkl", "--raw", "--compare")
+    speculative = [text for text, _, plain in engine.calls if not plain]
+    assert len(speculative) == len(set(speculative)) == 2
 
 
 def test_compare_gives_sampled_runs_one_seed(run: Run, engine: FakeEngine) -> None:
