@@ -164,8 +164,8 @@ TABLE: dict[str, Entry] = {
         tree=True,
     ),
 }
-AUTO = ("suffix+tree",)
-"""What `auto` stands for: the drafters that need neither a second model nor training."""
+AUTO = ("suffix",)
+"""What `auto` stands for: needs neither a second model nor training, and docs/drafting.md says why it is that one."""
 
 
 def names() -> list[str]:
