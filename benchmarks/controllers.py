@@ -34,9 +34,9 @@ from paceline.errors import OptionError
 from paceline.study.accounting import accounted
 from paceline.study.bench import OVERALL, PLAIN, Sample, summarise
 from paceline.study.charts import heat_chart
-from paceline.study.contest import WARM_UP, Contestant, ReadOnce, TimedController, answered_by_all, hold, remembers
+from paceline.study.contest import Contestant, ReadOnce, TimedController, answered_by_all, hold, remembers
 from paceline.study.environment import command, environment
-from paceline.study.prompts import encode_prompt, encode_prompts, load_prompts
+from paceline.study.prompts import WARM_UP, encode_prompt, encode_prompts, load_prompts
 from paceline.study.report import Recording, check_writable, sample_row, speed_panel, table, table_rows
 
 FIXED_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)

@@ -27,10 +27,10 @@ from paceline.errors import PacelineError
 from paceline.study.accounting import accounted
 from paceline.study.bench import OVERALL, PLAIN, Sample, summarise
 from paceline.study.charts import heat_chart
-from paceline.study.contest import WARM_UP, Contestant, ReadOnce, TimedController, answered_by_all, hold
+from paceline.study.contest import Contestant, ReadOnce, TimedController, answered_by_all, hold
 from paceline.study.environment import command, environment
 from paceline.study.methods import split_names
-from paceline.study.prompts import BenchPrompt, encode_prompt, encode_prompts, load_prompts
+from paceline.study.prompts import WARM_UP, BenchPrompt, encode_prompt, encode_prompts, load_prompts
 from paceline.study.report import Recording, sample_row, speed_panel, table, table_rows
 
 JOINED = ("auto", "ngram,suffix", "merged:ngram|suffix", "merged:suffix|token_recycling+tree")

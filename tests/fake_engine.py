@@ -59,7 +59,7 @@ class FakeEngine:
         self.controller = SimpleNamespace(name="pacer", explain=lambda: None, calibration=list)
         self.source = SimpleNamespace(name="fake", path=None)
         self.notes: tuple[str, ...] = ()
-        self.drafters = [SimpleNamespace(name="ngram", memory_bytes=lambda: 4096)]
+        self.drafters = [SimpleNamespace(name="ngram", memory_bytes=lambda: 4096, forget=lambda: None)]
         self.interrupt_after = interrupt_after
         self.differ = differ
         self.calls: list[tuple[str, SamplingParams, bool]] = []

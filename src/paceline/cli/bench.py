@@ -40,7 +40,7 @@ def bench(
 ) -> None:
     """Time methods on the same prompts in one run, in rotating order, and compare every answer with plain decoding's."""
     from paceline.study.methods import make_methods, split_names
-    from paceline.study.prompts import encode_prompts, load_prompts
+    from paceline.study.prompts import WARM_UP, encode_prompt, encode_prompts, load_prompts
     from paceline.study.report import check_writable
 
     if settings.sampling.n > 1 or settings.sampling.logprobs is not None:
@@ -61,7 +61,8 @@ def bench(
         made = make_methods(names, remember)
         chat = engines[0].tokenizer.has_chat_template and not raw
         encoded = encode_prompts(engines[0].tokenizer, prompt_set, chat=chat)
-        samples, broken = _measure(made, encoded, settings.sampling, repeats, warm_up)
+        ready = encode_prompt(engines[0].tokenizer, WARM_UP, chat=chat)
+        samples, broken = _measure(made, encoded, settings.sampling, repeats, ready, warm_up)
         options = {"prompts": prompts, "methods": names, "limit": limit, "repeats": repeats, "warm_up": warm_up, "chat": chat}
         if samples:
             _finish(engines[0], samples, prompt_set, settings, options, complete=broken is None, json_file=json_file, plot=plot)
@@ -73,10 +74,16 @@ def bench(
 
 
 def _measure(
-    methods: list[Method], prompts: list[tuple[BenchPrompt, list[int]]], params: SamplingParams, repeats: int, warm_up: int
+    methods: list[Method],
+    prompts: list[tuple[BenchPrompt, list[int]]],
+    params: SamplingParams,
+    repeats: int,
+    warm_up: list[int],
+    warm_up_tokens: int,
 ) -> tuple[list[Sample], BaseException | None]:
     """Samples, and what ended the run early, if anything did: Ctrl-C or a method that fails keep what there is."""
     from paceline.study.bench import run
+    from paceline.study.methods import EngineMethod
 
     samples: list[Sample] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -87,9 +94,14 @@ def _measure(
             progress.update(bar, description=f"{method}: {prompt.category}")
 
         try:
-            for sample in run(methods, prompts, params, repeats=repeats, warm_up_tokens=warm_up, on_start=show):
-                samples.append(sample)
-                progress.advance(bar)
+            for repeat in range(repeats):
+                for method in methods:
+                    if isinstance(method, EngineMethod):
+                        method.forget()
+                tokens = 0 if repeat else warm_up_tokens
+                for sample in run(methods, prompts, params, warm_up=warm_up, warm_up_tokens=tokens, on_start=show):
+                    samples.append(sample)
+                    progress.advance(bar)
         except (KeyboardInterrupt, Exception) as stop:
             return samples, stop
     return samples, None

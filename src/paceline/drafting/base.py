@@ -197,3 +197,6 @@ class Drafter(ABC):
 
     def finish_request(self, tokens: Sequence[int], num_prompt: int) -> None:
         """A request ended; drafters that learn across requests may keep its tokens."""
+
+    def forget(self) -> None:
+        """Give up what was kept of finished requests, as after a start."""

@@ -96,6 +96,10 @@ class CascadeDrafter(Drafter):
     def finish_request(self, tokens: Sequence[int], num_prompt: int) -> None:
         self.lower.finish_request(tokens, num_prompt)
 
+    def forget(self) -> None:
+        self.upper.forget()
+        self.lower.forget()
+
 
 class CascadeSession(DraftSession):
     """A level of one sequence, seen from above."""

@@ -54,6 +54,10 @@ class MergedDrafter(Drafter):
         for part in self.parts:
             part.finish_request(tokens, num_prompt)
 
+    def forget(self) -> None:
+        for part in self.parts:
+            part.forget()
+
 
 class MergedSession(DraftSession):
     """The parts' sessions of one sequence."""

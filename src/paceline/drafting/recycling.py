@@ -67,6 +67,11 @@ class RecyclingDrafter(Drafter):
             self.successors[token, : len(top.ids)] = top.ids
             self.sureness[token] = 1.0 / (1.0 + math.exp(top.logits[1] - top.logits[0]))
 
+    def forget(self) -> None:
+        self.successors.fill(_UNKNOWN)
+        self.sureness.fill(0.0)
+        self.template = LearntTemplate(_RANK_GUESS[: self.width])
+
     def memory_bytes(self) -> int:
         return self.successors.nbytes + self.sureness.nbytes
 

@@ -123,6 +123,9 @@ class StandDrafter(Drafter):
                 return size, row
         return None
 
+    def forget(self) -> None:
+        self.memory = NgramMemory(self.options.max_entries)
+
     def memory_bytes(self) -> int:
         return len(self.memory) * _ENTRY_BYTES
 

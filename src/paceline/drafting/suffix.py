@@ -111,6 +111,9 @@ class SuffixDrafter(Drafter):
     def finish_request(self, tokens: Sequence[int], num_prompt: int) -> None:
         self.store.add(tokens[num_prompt:])
 
+    def forget(self) -> None:
+        self.store = OutputStore(self.options.store_tokens)
+
     def memory_bytes(self) -> int:
         return self.store.memory_bytes()
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from paceline.config import SamplingParams
-from paceline.errors import OptionError
 from paceline.records import GenerationResult
 from paceline.study.prompts import BenchPrompt
 
@@ -107,32 +106,26 @@ def run(
     prompts: Sequence[tuple[BenchPrompt, Sequence[int]]],
     params: SamplingParams,
     *,
-    repeats: int = 1,
+    warm_up: Sequence[int] = (),
     warm_up_tokens: int = 16,
     on_start: Callable[[str, BenchPrompt], None] | None = None,
 ) -> Iterator[Sample]:
-    """Time every method on every prompt (with its token ids), `repeats` times.
+    """Time every method on every prompt (with its token ids).
 
-    Each method first answers the first prompt with at most `warm_up_tokens` tokens, which do not count.
-    Raises OptionError for repeats under 1.
+    warm_up: token ids that each method first answers with at most `warm_up_tokens` tokens, which do not count; none of the prompts.
     """
-    if repeats < 1:
-        raise OptionError(f"repeats = {repeats}: must be a whole number >= 1")
     show = on_start or (lambda *_: None)
-    if warm_up_tokens:
+    if warm_up and warm_up_tokens:
         short = replace(params, max_tokens=min(warm_up_tokens, params.max_tokens), min_tokens=0)
         for method in methods:
             show(method.name, prompts[0][0])
-            method.generate(prompts[0][1], short, prompts[0][0].category)
-    turn = 0
+            method.generate(warm_up, short, "")
     with without_collector():
-        for _ in range(repeats):
-            for index, (prompt, prompt_ids) in enumerate(prompts):
-                for method in rotated(methods, turn):
-                    show(method.name, prompt)
-                    gc.collect(1)  # what the answer before left, not while this one is timed
-                    yield Sample(method.name, index, prompt.category, method.generate(prompt_ids, params, prompt.category))
-                turn += 1
+        for index, (prompt, prompt_ids) in enumerate(prompts):
+            for method in rotated(methods, index):
+                show(method.name, prompt)
+                gc.collect(1)  # what the answer before left, not while this one is timed
+                yield Sample(method.name, index, prompt.category, method.generate(prompt_ids, params, prompt.category))
 
 
 def rotated(methods: Sequence[Method], turn: int) -> list[Method]:

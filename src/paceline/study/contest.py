@@ -23,8 +23,6 @@ from paceline.records import DraftFeatures, GenerationResult, Plan, StepRecord
 from paceline.study.bench import Sample, run
 from paceline.study.prompts import BenchPrompt
 
-WARM_UP = "Write a short letter to a friend about a walk along the sea."
-"""A text for `hold`."""
 _WARM_UP_TOKENS = 16
 
 
@@ -169,7 +167,7 @@ def hold(
             short = replace(params, max_tokens=min(_WARM_UP_TOKENS, params.max_tokens), min_tokens=0)
             for contestant in contestants:
                 contestant.generate(warm_up, short, "")
-            for sample in run(contestants, prompts, params, warm_up_tokens=0, on_start=show):
+            for sample in run(contestants, prompts, params, on_start=show):
                 keep(sample)
                 progress.advance(bar)
 

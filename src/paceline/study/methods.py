@@ -36,6 +36,11 @@ class EngineMethod:
         """Answer one prompt; `task` keeps what the controller learns apart by category."""
         return self.engine.generate(list(prompt_ids), params, plain=self.plain, task=task)
 
+    def forget(self) -> None:
+        """Let the drafters give up the answers of earlier prompts, which they would draft from when asked again."""
+        for drafter in self.engine.drafters:
+            drafter.forget()
+
 
 def split_names(text: str) -> list[str]:
     """Methods of a list: separated by semicolons if it has one (then a method may hold commas), else by commas."""

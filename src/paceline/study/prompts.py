@@ -20,6 +20,8 @@ AGENT = "agent"
 """Repeated requests as agents make them: edits of one file, JSON of one shape, a message quoted again and again."""
 SETS = (BUILT_IN, AGENT)
 """Names of the prompt sets that come with the package; any other name is a file."""
+WARM_UP = "Write a short letter to a friend about a walk along the sea."
+"""What methods answer before they are timed: in no set, for drafters that remember would draft from the answer."""
 
 
 @dataclass(frozen=True, slots=True)
