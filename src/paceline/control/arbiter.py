@@ -6,6 +6,9 @@ plain decoding has speed 1. Their one weak point is a stale price of the plain s
 
 from __future__ import annotations
 
+_RENEWAL = 3
+"""Plain steps that move the median which their price is."""
+
 
 def better(current: float, other: float, current_deviation: float, other_deviation: float) -> bool:
     """Whether the other mode's speed exceeds the current one's by more than the margin for noise."""
@@ -63,6 +66,10 @@ class Arbiter:
         """A plain round is due to renew the price of a plain step."""
         return self._plain_left > 0
 
+    def renew(self) -> None:
+        """Ask for the price of a plain step: the machine is not what it was."""
+        self._plain_left = _RENEWAL
+
     def observe(self, plain_seconds: float, num_emitted: float, seconds: float, speculative: bool) -> None:
         """Count a finished round. plain_seconds: price of a plain step now."""
         if speculative:
@@ -93,7 +100,7 @@ class Arbiter:
             self._against = 0
             return
         self._against += 1
-        self._plain_left = 3
+        self.renew()
         if self._against >= self._dwell:
             self._banned_for = self._retry
             self._against = 0

@@ -36,6 +36,11 @@ class TimeBank:
         self.granted = 0.0
         """Losses allowed to plans of the running round (several in a batch), seconds."""
 
+    @property
+    def is_short(self) -> bool:
+        """Less is left than half of the start."""
+        return self.slack < 0.5 * self._start * self._opened_at
+
     def open(self, plain_seconds: float) -> None:
         """Set the start from the time of a plain step."""
         self.is_open = True

@@ -40,8 +40,10 @@ _SUSPECT = 1.5
 _LEAST_ROW = 0.002
 """Least that one more row of a forward costs, in plain steps."""
 _CALIBRATED = 64
-_LESSON = 4
+_LESSON, _SETTLED = 4, 32
+"""Rounds of a kind of which one teaches costs, once that many have: a lesson takes longer than what it tells is worth then."""
 _TRIAL = 32
+"""Tokens after which a plain step must be priced; until then rounds are charged by what was measured at another time."""
 _DOUBLE_PROOF = 0.1
 
 
@@ -51,7 +53,7 @@ class PacerOptions:
 
     eps: float = 0.01
     """Share of plain time that speculation may lose in the long run (0 to 1)."""
-    start: float = 8.0
+    start: float = 4.0
     """What it may lose at once, in plain steps (0 to 1000)."""
     cap: float = 200.0
     """Most that is kept of earlier gains, in plain steps (0 to 1e6)."""
@@ -124,7 +126,9 @@ class Pacer(Controller):
         """Drafters that were lent the time to read a prompt."""
         self._widths: dict[str, float] = {}
         """Nodes a level of drafters that propose trees."""
-        self._tokens = self._plain_rounds = 0
+        self._tokens = 0
+        self._rounds = [0, 0]
+        """Plain and speculative rounds of single sequences."""
         self._saving_for = 0.0
         """Seconds that the bank must hold before drafts are looked for again; 0: it was neither empty nor too poor for a draft."""
 
@@ -148,7 +152,7 @@ class Pacer(Controller):
                 return _RESTING
         plain = self._costs.plain(context.context_length, context.batch_size)
         lane = self._lane(context.task, context.batch_size, plain)
-        if lane.arbiter.wants_plain or (self._tokens >= _TRIAL and not self._costs.knows_plain(context.batch_size)):
+        if lane.arbiter.wants_plain or self._needs_plain(context.batch_size):
             return Plan(None, 0, "plain: renewing the price of a plain step", 1.0, plain)
         best = self._offer(context, able[0], plain, lane)
         others: list[_Offer] = []
@@ -167,6 +171,10 @@ class Pacer(Controller):
         if pays:
             return self._grant(context, best, plain, lane, best.num_draft, probe=False)
         return Plan(None, 0, self._why_plain(best, plain), 1.0, plain)
+
+    def _needs_plain(self, batch: int) -> bool:
+        """Whether the price of a plain step, by which the bank charges rounds, must be seen: at once where the bank runs short."""
+        return (self._tokens >= _TRIAL or self._bank.is_short) and not self._costs.knows_plain(batch)
 
     def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
         running = self._running.get(request_id)
@@ -208,18 +216,22 @@ class Pacer(Controller):
         if record.drafter is not None:
             self._learn_acceptance(record, seconds)
         if not record.warmup:
-            lag = running.offer.outlook.catch_up if running is not None else 0
-            if speculative or self._takes_lesson(batch):
+            if self._takes_lesson(batch, speculative):
+                lag = running.offer.outlook.catch_up if running is not None else 0
                 self._learn_costs(record, rows, seconds, lag if speculative else -1)
+                if speculative and self._bank.is_short and self._costs.plain_is_stale:
+                    lane.arbiter.renew()
             lane.arbiter.observe(plain / batch, record.num_emitted, seconds / batch, speculative)
             if speculative and batch > 1 and seconds > 0.0:
                 speed = (record.batch_emitted or record.num_emitted * batch) * plain / (batch * seconds)
                 lane.speed += 0.05 / batch * (min(speed, 2.0 * lane.speed) - lane.speed)
 
-    def _takes_lesson(self, batch: int) -> bool:
-        """A plain step whose price is known is a lesson every fourth time only: it takes longer than what it tells is worth."""
-        self._plain_rounds += 1
-        return batch > 1 or self._plain_rounds % _LESSON == 0 or not self._costs.knows_plain(batch)
+    def _takes_lesson(self, batch: int, speculative: bool) -> bool:
+        """Whether a round teaches costs: all of a batch, all of the first ones, then every fourth."""
+        if batch > 1:
+            return True
+        self._rounds[speculative] = count = self._rounds[speculative] + 1
+        return count % _LESSON == 0 or (count <= _SETTLED if speculative else not self._costs.knows_plain(batch))
 
     def finish(self, request_id: int) -> None:
         self._acceptance.forget(request_id)

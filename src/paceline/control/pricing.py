@@ -16,6 +16,8 @@ _CONTEXT_SHIFT = 7
 _OUTLIER = 3.0
 _SLOWEST_RATE = 0.1
 _NEWS = 0.02
+_OTHER_MACHINE = 0.08
+"""Relative change of forwards since the last plain step from which its price may be out of date."""
 _LAG = 8
 """Tokens caught up that tell what one costs."""
 
@@ -257,6 +259,7 @@ class LearnedCosts:
         self._lines: dict[str, Line] = {}
         self._catch_up: dict[str, float] = {}
         self._moved = 0.0
+        self._machine_at_plain = 1.0
         self.rest = Line(table.round_overhead, 0.0, 4.0)
         """A speculative round outside forward and drafting: sampling, committing, the host's own work."""
         self.overlap = Overlap()
@@ -294,6 +297,11 @@ class LearnedCosts:
         """Whether enough plain rounds were seen to trust their price."""
         return self._plain[rows_bucket(batch)].count >= 3
 
+    @property
+    def plain_is_stale(self) -> bool:
+        """Whether forwards have become slower or faster since the last plain step: another load or clock."""
+        return abs(self._scales.machine / self._machine_at_plain - 1.0) > _OTHER_MACHINE
+
     def measured(self, base: int, count: int, context: int) -> list[float]:
         """The table's seconds of a forward over base, base + 1, ..., base + count rows (or more), at about this context."""
         if self._table.scale != self._scale:
@@ -328,6 +336,7 @@ class LearnedCosts:
         if raw > 0.0:
             self._plain[rows_bucket(batch)].update(round_seconds / raw, 1.0 / batch)
             self._learn_verify(batch, verify_seconds / raw, batch)
+            self._machine_at_plain = self._scales.machine
         if batch == 1:
             self.rest.learn(0, round_seconds - verify_seconds)
 

@@ -173,6 +173,20 @@ def test_speculative_rounds_do_not_move_the_price_of_a_plain_step() -> None:
     assert costs.plain(100) == pytest.approx(25 * MS)
 
 
+def test_price_of_a_plain_step_is_stale_once_forwards_take_another_time() -> None:
+    costs = LearnedCosts(table(linear(20, 1)))
+    plain, four = costs.measured(1, 0, 100)[0], costs.measured(4, 0, 100)[0]
+    for _ in range(4):
+        costs.learn_plain(100, 1, plain, plain)
+        costs.learn_round(100, 4, 1, four)
+    assert not costs.plain_is_stale
+    for _ in range(10):
+        costs.learn_round(100, 4, 1, 1.5 * four)
+    assert costs.plain_is_stale
+    costs.learn_plain(100, 1, 1.5 * plain, 1.5 * plain)
+    assert not costs.plain_is_stale
+
+
 def test_a_new_scale_of_the_table_is_seen() -> None:
     measured = table(linear(20, 1))
     costs = LearnedCosts(measured)
