@@ -209,8 +209,7 @@ def steps(runner: CudaRunner, contexts: Sequence[int], rows: Sequence[int], copy
         for count in rows:
             segment = [Segment(sequence, [(7919 * i + 13) % spec.vocab for i in range(count)])]
             runner.forward(segment)
-            shape = runner._shape([runner._rows(segment[0])])
-            table[count] = spread(milliseconds(lambda shape=shape: runner._graphs.again(shape)))
+            table[count] = spread(milliseconds(runner.capture(segment)))
         one = table[1]["median"]
         moved = runner.info.weight_bytes + 4 * spec.layers * spec.kv_heads * spec.head_dim * context
         found[str(context)] = {

@@ -187,7 +187,7 @@ class Engine:
 
     def _round(self, requests: Sequence[Request], controller: Controller) -> list[StreamEvent]:
         """One draft-and-verify cycle of every request, in one forward of the target."""
-        started = perf_counter()
+        started, prepared = perf_counter(), self._warmup_seconds()
         steps, rows = [], 0
         for request in requests:
             step = request.plan(controller, self.speculation.max_draft_tokens, len(requests), rows)
@@ -213,14 +213,18 @@ class Engine:
 
         ended = perf_counter()
         batch = (len(requests), rows, sum(kept for _, _, kept in outcomes))
+        warmup = self._warmup_seconds() > prepared
         events = []
         for request, step, (verdict, text, kept) in zip(requests, steps, outcomes, strict=True):
-            record = request.record(step, verdict, kept, verify_seconds, ended - started, batch)
+            record = request.record(step, verdict, kept, verify_seconds, ended - started, batch, warmup)
             controller.observe(record)
             request.ended = ended
             new = tuple(request.tokens[len(request.tokens) - kept :]) if kept else ()
             events.append(StreamEvent(text, new, tuple(request.from_draft[len(request.from_draft) - kept :]), record))
         return events
+
+    def _warmup_seconds(self) -> float:
+        return self.runner.warmup_seconds + sum(drafter.warmup_seconds for drafter in self.drafters)
 
     def _stream(self, prompt: list[int], params: SamplingParams, plain: bool, task: str) -> Iterator[StreamEvent]:
         with self._open([(prompt, params)], plain, task) as (request,):

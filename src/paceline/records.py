@@ -163,7 +163,7 @@ class StepRecord:
     """The round was cut by a stop condition: its counts say nothing about later positions."""
     probe: bool = False
     warmup: bool = False
-    """First rounds after a cold start; their times should not be learnt from."""
+    """First rounds after a cold start, and rounds with a capture or the like; their times should not be learnt from."""
     expected_emitted: float = 1.0
     expected_seconds: float = 0.0
     task: str = ""

@@ -176,9 +176,19 @@ class Request:
         return pushed.text, kept
 
     def record(
-        self, step: Round, verdict: Verdict, kept: int, verify_seconds: float, round_seconds: float, batch: tuple[int, int, int]
+        self,
+        step: Round,
+        verdict: Verdict,
+        kept: int,
+        verify_seconds: float,
+        round_seconds: float,
+        batch: tuple[int, int, int],
+        warmup: bool = False,
     ) -> StepRecord:
-        """The finished round as a record. batch: sequences, rows and emitted tokens of the whole batched round."""
+        """The finished round as a record. batch: sequences, rows and emitted tokens of the whole batched round.
+
+        warmup: its times hold what is done once only.
+        """
         record = step.record(
             self.id,
             verdict,
@@ -186,7 +196,7 @@ class Request:
             verify_seconds=verify_seconds,
             round_seconds=round_seconds,
             batch=batch,
-            warmup=not self.steps,
+            warmup=warmup or not self.steps,
             task=self.task,
         )
         self.steps.append(record)

@@ -16,6 +16,7 @@ from paceline.drafting import registry as drafting
 from paceline.drafting.base import Drafter, DrafterContext
 from paceline.engine import Engine
 from paceline.errors import ModelError, OptionError, PromptError
+from paceline.execution.base import ForwardOutput, Segment
 from toys import Language, ToyRunner, next_token_language, noisy_language, random_language
 
 VOCAB = 12
@@ -250,3 +251,22 @@ def test_a_stream_of_several_samples_is_refused_before_it_starts() -> None:
 def test_an_unknown_token_in_logit_bias_is_refused() -> None:
     with pytest.raises(OptionError, match="logit_bias"):
         make_engine().generate(PROMPT, SamplingParams(logit_bias={VOCAB: 1.0}))
+
+
+def test_rounds_in_which_a_runner_prepared_something_are_no_lesson() -> None:
+    class Preparing(ToyRunner):
+        rounds = 0
+
+        def forward(self, segments: Sequence[Segment], *, want_hidden: bool = False) -> ForwardOutput:
+            self.rounds += 1
+            return super().forward(segments, want_hidden=want_hidden)
+
+        @property
+        def warmup_seconds(self) -> float:
+            return 0.1 * (self.rounds >= 5)
+
+    engine = make_engine("none")
+    engine.runner = Preparing(random_language(VOCAB, order=2, seed=3, scale=1.0), VOCAB)
+    engine.runner.rounds = 1  # the prompt's pass comes on top
+    result = engine.generate(PROMPT, SamplingParams(max_tokens=8))
+    assert [step.warmup for step in result.steps] == [i in (0, 2) for i in range(8)]

@@ -178,6 +178,11 @@ class Drafter(ABC):
     verifier: Runner | None = None
     """What runs this drafter's model where it verifies for another drafter; None: it cannot."""
 
+    @property
+    def warmup_seconds(self) -> float:
+        """`Runner.warmup_seconds` of a model that only this drafter runs."""
+        return 0.0
+
     @classmethod
     @abstractmethod
     def build(cls, spec: DrafterSpec, options: Any, context: DrafterContext) -> Drafter:

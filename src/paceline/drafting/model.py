@@ -91,6 +91,10 @@ class ModelDrafter(Drafter):
         runner = context.open_model(spec.argument)
         return cls(runner, str(spec), options=options, vocab_size=context.vocab_size, tree=spec.tree)
 
+    @property
+    def warmup_seconds(self) -> float:
+        return self.runner.warmup_seconds
+
     def open(self, view: SequenceView) -> ModelSession:
         return ModelTreeSession(self, view) if self.tree else ModelSession(self, view)
 

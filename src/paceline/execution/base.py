@@ -113,6 +113,12 @@ class Runner(ABC):
         Raises ResourceError when a sequence would exceed `info.max_context`.
         """
 
+    @property
+    def warmup_seconds(self) -> float:
+        """Seconds spent so far on what is done once and used again, such as captures of graphs. A round in which they grew says
+        nothing about the price of the next one."""
+        return 0.0
+
     host_threads: int | None = None
     """Torch threads for what runs between this runner's forwards; None: as they are. Kernels with threads of their own ask for one:
     theirs wait for the next forward on the same cores, and sampling from a row took five times as long with torch's beside them."""

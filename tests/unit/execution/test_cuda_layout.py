@@ -9,7 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.errors import ResourceError
-from paceline.execution.cuda.capture import ROW_BUCKETS, Layout, Rows, Shape, bucket, power_of_two
+from paceline.execution.cuda.capture import (
+    CAPTURE_AFTER,
+    GENERAL_ROWS,
+    ROW_BUCKETS,
+    Graphs,
+    Layout,
+    Rows,
+    Shape,
+    bucket,
+    general,
+    num_blocks,
+    power_of_two,
+)
 from paceline.execution.cuda.memory import GIB, plan
 
 
@@ -73,6 +85,39 @@ def test_buckets_hold_what_they_are_chosen_for() -> None:
         assert bucket(rows) >= rows
         assert bucket(rows) in ROW_BUCKETS
     assert [power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 9)] == [1, 1, 2, 4, 4, 8, 16]
+
+
+def graphs_of(*shapes: Shape) -> Graphs:
+    """As if these had been captured."""
+    graphs = Graphs()
+    graphs._graphs = dict.fromkeys(shapes)  # type: ignore[arg-type]
+    return graphs
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 16), min_size=1, max_size=4), st.sampled_from([1, 2, 5]))
+def test_any_batch_has_room_in_a_captured_shape_without_a_capture(counts: list[int], narrow: int) -> None:
+    wide = 2 * narrow
+    graphs = graphs_of(*(Shape(rows, rows, wide, 8) for rows in GENERAL_ROWS))
+    wanted = Shape(bucket(sum(counts)), power_of_two(num_blocks(counts, narrow)), narrow, 8)
+    chosen = graphs.choose(wanted, counts, wide)
+    assert chosen in graphs._graphs
+    assert chosen.rows >= sum(counts)
+    assert chosen.blocks >= num_blocks(counts, chosen.block_tokens)
+    assert chosen == general(wanted, wide)
+
+
+def test_the_closest_captured_shape_serves_until_a_shape_was_needed_often() -> None:
+    close, wide = Shape(12, 4, 10, 8), Shape(16, 16, 10, 8)
+    graphs, wanted = graphs_of(close, wide, Shape(12, 4, 10, 16), Shape(12, 2, 10, 8)), Shape(9, 4, 5, 8)
+    served = [graphs.choose(wanted, [3, 3, 3], 10) for _ in range(CAPTURE_AFTER)]
+    assert served == [close] * (CAPTURE_AFTER - 1) + [wanted]
+    assert graphs.choose(wide, [4] * 4, 10) == wide
+
+
+def test_at_a_new_length_a_shape_for_any_batch_is_captured_first() -> None:
+    graphs = graphs_of(Shape(8, 8, 10, 8))
+    assert graphs.choose(Shape(2, 1, 5, 16), [2], 10) == Shape(8, 8, 10, 16)
 
 
 def test_a_description_replaces_the_one_before() -> None:

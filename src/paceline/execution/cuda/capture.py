@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,11 @@ from paceline.execution.cuda.linears import MAX_ROWS
 
 TAIL = 128
 """Keys of a row that attention takes one by one, at most."""
-ROW_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+ROW_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 20, 24, 28, 32, 48, 64)
+GENERAL_ROWS = (8, 16, 32, 48, 64)
+"""Rows of graphs that serve any batch of so many rows, captured before the first round."""
+CAPTURE_AFTER = 16
+"""Forwards of a shape that a more general graph serves before it gets its own: a capture takes as long as several plain steps."""
 _FIELDS = ("tokens", "lengths", "depths", "indices", "sequences")
 _WORDS = (len(_FIELDS) + 3) * MAX_ROWS + MAX_ROWS * MAX_ROWS // 4
 _STAGES = 8
@@ -150,6 +156,11 @@ def check(segments: Sequence[Segment], vocab: int) -> None:
             raise OptionError(f"tokens: id {low if low < 0 else high} is outside the vocabulary of {vocab}")
 
 
+def num_blocks(counts: Sequence[int], block_tokens: int) -> int:
+    """Blocks of query rows of segments with so many rows each."""
+    return sum(-(-count // block_tokens) for count in counts)
+
+
 def bucket(rows: int) -> int:
     """The captured number of rows that holds these."""
     return next(b for b in ROW_BUCKETS if b >= rows)
@@ -165,15 +176,55 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
+def general(shape: Shape, block_tokens: int) -> Shape:
+    """A shape that serves this one and any other of about as many rows, however they are shared out among sequences.
+
+    block_tokens: tokens of a block in long segments. A block holds one row at least, so there are never more blocks than rows.
+    """
+    rows = next(rows for rows in GENERAL_ROWS if rows >= shape.rows)
+    return Shape(rows, rows, block_tokens, shape.chunks)
+
+
 class Graphs:
     """Captured forwards, one a key; they share one memory pool."""
 
     def __init__(self) -> None:
         self._pool: Any = None
         self._graphs: dict[object, torch.cuda.CUDAGraph] = {}
+        self._needed: Counter[Shape] = Counter()
+        self.captures = 0
+        """Graphs captured so far."""
+        self.seconds = 0.0
+        """Spent on them, with what had to be compiled."""
 
     def __len__(self) -> int:
         return len(self._graphs)
+
+    def forget(self) -> None:
+        """Drop all graphs: what they read has moved."""
+        self._pool = None
+        self._graphs = {}
+
+    def choose(self, wanted: Shape, counts: Sequence[int], block_tokens: int) -> Shape:
+        """The shape to run a forward with: its own if that was captured or is needed often, else a captured one that has room.
+
+        counts: rows of each segment. Rows are the same whatever shape they are in, and a more general one is a little slower.
+        """
+        if wanted in self._graphs:
+            return wanted
+        self._needed[wanted] += 1
+        if self._needed[wanted] >= CAPTURE_AFTER:
+            return wanted
+        bound = general(wanted, block_tokens)
+        fitting = [
+            shape
+            for shape in self._graphs
+            if isinstance(shape, Shape)
+            and wanted.rows <= shape.rows <= bound.rows
+            and shape.chunks == wanted.chunks
+            and num_blocks(counts, shape.block_tokens) <= shape.blocks
+        ]
+        return min(fitting, key=lambda shape: (shape.rows, shape.blocks), default=bound)
 
     def prepare(self, key: object, run: Callable[[], None], clear: Callable[[], None]) -> bool:
         """Capture a function unless that was done; returns whether it was captured now.
@@ -182,8 +233,11 @@ class Graphs:
         """
         if key in self._graphs:
             return False
+        started = perf_counter()
         clear()
         self._graphs[key] = self._capture(run)
+        self.captures += 1
+        self.seconds += perf_counter() - started
         return True
 
     def replay(self, key: object, run: Callable[[], None], clear: Callable[[], None], fill: Callable[[], None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,20 @@ import torch
 
 from paceline.errors import ModelError, OptionError, ResourceError
 from paceline.execution.base import DecodedToken, ForwardOutput, Runner, RunnerInfo, Segment, SequenceHandle, prefill
-from paceline.execution.cuda.capture import ROW_BUCKETS, Graphs, Layout, Rows, Shape, bucket, check, chunk_size, power_of_two
+from paceline.execution.cuda.capture import (
+    GENERAL_ROWS,
+    ROW_BUCKETS,
+    Graphs,
+    Layout,
+    Rows,
+    Shape,
+    bucket,
+    check,
+    chunk_size,
+    general,
+    num_blocks,
+    power_of_two,
+)
 from paceline.execution.cuda.decoder import Decoder, misfit
 from paceline.execution.cuda.driver import missing_reason
 from paceline.execution.cuda.linears import MAX_ROWS, Tuning
@@ -29,7 +43,7 @@ _FULL_SEQUENCES = 32
 _LEAST_CHUNKS = 8
 """Of keys in attention's grid: idle blocks of short contexts cost less than more graphs."""
 _USUAL_ROWS = 20
-"""Rows of one sequence for which graphs are captured at the start; others are when they are needed."""
+"""Rows of one sequence for which graphs are captured at the start, beside those for any batch; others are when needed often."""
 _PIECEWISE, _SMALL = 512, GIB
 """Chains up to so many tokens go through the kernels, 64 at a time, in models of fewer bytes."""
 _CACHE_SHARE = 0.5
@@ -110,6 +124,15 @@ class CudaRunner(Runner):
     def device(self) -> str:
         """As torch spells it."""
         return str(self._device)
+
+    @property
+    def warmup_seconds(self) -> float:
+        return self._graphs.seconds
+
+    @property
+    def captures(self) -> int:
+        """Graphs captured so far."""
+        return self._graphs.captures
 
     @property
     def _captures(self) -> bool:
@@ -212,12 +235,12 @@ class CudaRunner(Runner):
             self._cache.stage(own, len(feed) + most - 1)
             first = Rows(own.slot, own.committed, feed, None)
             later = Rows(own.slot, own.committed + len(feed), feed[:1], None)
-            shape, step = self._shape([first]), self._shape([later], longest=later.length + most)
+            step = self._shape([later], longest=later.length + most)
             key, run = ("steps", step), partial(self._step, steps, step)
             if self._graphs.prepare(key, run, steps.layout.clear):
                 steps.restart()
             steps.layout.fill([later], step)
-            self._replay(shape, [first])
+            self._replay([first])
             steps.advance(self._best, 1, source=len(feed) - 1, grow=False)
             lines = deque([steps.issued()])
 
@@ -236,7 +259,7 @@ class CudaRunner(Runner):
         if self.is_offloaded:
             return 0
         with torch.inference_mode(), self._here():
-            self._graphs = Graphs()
+            self._graphs.forget()
             self._decoder.move(torch.device("cpu"))
             self.is_offloaded = True
             if self._captures:
@@ -287,7 +310,7 @@ class CudaRunner(Runner):
                 return ForwardOutput(logits, hidden if want_hidden else None)
             offset = self._feed_pieces(first)
         batch = [self._rows(segment, offset) for segment in segments]
-        self._replay(self._shape(batch), batch)
+        self._replay(batch)
         rows: list[int] = []
         start = 0
         for segment, part in zip(segments, batch, strict=True):
@@ -314,7 +337,7 @@ class CudaRunner(Runner):
         own, fed = self._own(segment.sequence), len(segment.tokens) - MAX_ROWS
         for start in range(0, fed, MAX_ROWS):
             piece = Rows(own.slot, own.committed + start, segment.tokens[start : min(start + MAX_ROWS, fed)], None)
-            self._replay(self._shape([piece]), [piece])
+            self._replay([piece])
         return fed
 
     def _rows(self, segment: Segment, offset: int = 0) -> Rows:
@@ -322,33 +345,56 @@ class CudaRunner(Runner):
         return Rows(sequence.slot, sequence.committed + offset, segment.tokens[offset:], segment.parents)
 
     def _shape(self, batch: Sequence[Rows], longest: int = 0) -> Shape:
+        """The smallest shape that holds a batch. longest: positions that it must serve at least."""
         from paceline.execution.cuda.attention import block_tokens
 
         counts = [len(rows.tokens) for rows in batch]
-        tokens = block_tokens(self._spec.heads // self._spec.kv_heads, max(counts))
-        blocks = power_of_two(sum(-(-count // tokens) for count in counts))
+        tokens = block_tokens(self._group, max(counts))
+        blocks = power_of_two(num_blocks(counts, tokens))
         end = max(longest, *(rows.length + len(rows.tokens) for rows in batch))
         return Shape(bucket(sum(counts)), min(blocks, MAX_ROWS), tokens, self._grid_chunks(end))
+
+    @property
+    def _group(self) -> int:
+        """Heads that share a kv head."""
+        return self._spec.heads // self._spec.kv_heads
+
+    def _long_block(self) -> int:
+        """Tokens of a block of query rows in long segments."""
+        from paceline.execution.cuda.attention import block_tokens
+
+        return block_tokens(self._group, MAX_ROWS)
 
     def _grid_chunks(self, length: int) -> int:
         """Chunks of keys in attention's grid that serve rows at positions below `length`; few different numbers."""
         return max(_LEAST_CHUNKS, power_of_two(-(-(length // PAGE * PAGE) // chunk_size(self._spec.head_dim))))
 
     def _capture_usual(self) -> None:
-        """Capture what one sequence needs at usual lengths, so that no round waits for it."""
+        """Capture what one sequence needs at usual lengths and what serves any batch there, so that no round waits for it."""
         with torch.inference_mode(), self._here():
-            for rows in (n for n in ROW_BUCKETS if n <= _USUAL_ROWS):
-                shape = self._shape([Rows(0, 0, range(rows), None)])
-                run = partial(self._decoder.kernels, self._layout, self._cache, shape, self._best)
-                self._graphs.prepare(shape, run, self._layout.clear)
-            steps, shape = self._make_steps(), self._shape([Rows(0, 0, [0], None)])
-            self._graphs.prepare(("steps", shape), partial(self._step, steps, shape), steps.layout.clear)
+            usual = [self._shape([Rows(0, 0, range(rows), None)]) for rows in ROW_BUCKETS if rows <= _USUAL_ROWS]
+            for shape in usual + [general(replace(usual[0], rows=rows), self._long_block()) for rows in GENERAL_ROWS]:
+                self._graphs.prepare(shape, self._kernels(shape), self._layout.clear)
+            steps = self._make_steps()
+            self._graphs.prepare(("steps", usual[0]), partial(self._step, steps, usual[0]), steps.layout.clear)
             steps.restart()
 
-    def _replay(self, shape: Shape, batch: Sequence[Rows]) -> None:
+    def _kernels(self, shape: Shape) -> Callable[[], None]:
+        """What a graph of a shape holds."""
+        return partial(self._decoder.kernels, self._layout, self._cache, shape, self._best)
+
+    def _replay(self, batch: Sequence[Rows]) -> None:
         """Run a captured forward over a batch."""
-        run = partial(self._decoder.kernels, self._layout, self._cache, shape, self._best)
-        self._graphs.replay(shape, run, self._layout.clear, partial(self._layout.fill, batch, shape))
+        counts = [len(rows.tokens) for rows in batch]
+        shape = self._graphs.choose(self._shape(batch), counts, self._long_block())
+        self._graphs.replay(shape, self._kernels(shape), self._layout.clear, partial(self._layout.fill, batch, shape))
+
+    def capture(self, segments: Sequence[Segment]) -> Callable[[], None]:
+        """Capture the graph of exactly this forward now; returns what replays it on the inputs that are in place (for timing)."""
+        shape = self._shape([self._rows(segment) for segment in segments])
+        with torch.inference_mode(), self._here():
+            self._graphs.prepare(shape, self._kernels(shape), self._layout.clear)
+        return partial(self._graphs.again, shape)
 
     def _make_steps(self) -> Steps:
         if self._steps is None:
