@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import shlex
 import time
 import warnings
 from collections.abc import Sequence
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_document import begin
 
 from paceline.config import RunnerConfig, SamplingParams
 from paceline.drafting.model import ModelDrafter
@@ -25,7 +24,6 @@ from paceline.engine import Engine
 from paceline.errors import ResourceError
 from paceline.execution.cuda.runner import CudaRunner
 from paceline.records import GenerationResult
-from paceline.study.environment import command, environment
 from paceline.study.prompts import load_prompts
 
 MIB = 1 << 20
@@ -143,13 +141,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--shapes", nargs="*", default=["1b", "30b"])
     arguments = parser.parse_args()
-    shown = shlex.join(Path(word).name if "/" in word else word for word in shlex.split(command()))
-    document: dict[str, Any] = {"command": shown, "gpu": torch.cuda.get_device_name(), **environment()}
-
-    def save() -> None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
-
+    document, save = begin(arguments.output)
     texts = [p.text for p in load_prompts(arguments.prompts, limit=arguments.limit)]
     document["refused"] = refused("8b", arguments.model, 12)
     started = time.perf_counter()

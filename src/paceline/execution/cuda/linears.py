@@ -61,7 +61,7 @@ class _Arguments(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """What was chosen by measurement (benchmarks/gpu_decode.py); none of it changes a bit of the results."""
+    """What was chosen by measurement (benchmarks/gpu_kernels.py); none of it changes a bit of the results."""
 
     overlap: bool = True
     """Kernels may start while the one before them ends."""
