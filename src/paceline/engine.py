@@ -16,13 +16,13 @@ from typing import Any, overload
 from paceline.config import RunnerConfig, SamplingParams, SpeculationConfig
 from paceline.control.base import Controller
 from paceline.costs import CostTable
-from paceline.drafting.base import Drafter
+from paceline.drafting.base import Drafter, DraftJob
 from paceline.errors import ModelError, OptionError, PromptError
 from paceline.execution.base import Runner, prefill
 from paceline.execution.threads import torch_threads
 from paceline.models.base import ModelSource, Tokenizer
 from paceline.models.cachedir import write_json_atomic
-from paceline.records import GenerationResult
+from paceline.records import GenerationResult, Round
 from paceline.request import Request, StreamEvent
 from paceline.sampling import check_token_ids, resolve_seed
 
@@ -188,12 +188,7 @@ class Engine:
     def _round(self, requests: Sequence[Request], controller: Controller) -> list[StreamEvent]:
         """One draft-and-verify cycle of every request, in one forward of the target."""
         started, prepared = perf_counter(), self._warmup_seconds()
-        steps, rows = [], 0
-        for request in requests:
-            step = request.plan(controller, self.speculation.max_draft_tokens, len(requests), rows)
-            request.draft(step, controller)
-            steps.append(step)
-            rows += len(step.draft) + 1
+        steps, rows = self._draft(requests, controller)
 
         forward_started = perf_counter()
         segments = [r.segment(s.draft) for r, s in zip(requests, steps, strict=True)]
@@ -205,7 +200,8 @@ class Engine:
         for request, step in zip(requests, steps, strict=True):
             rows_of = slice(first, first + len(step.draft) + 1)
             logits, best = output.logits[rows_of], output.best[rows_of] if output.best is not None else None
-            verdict = request.verify(step.draft, logits, best)
+            drawn = output.drawn[rows_of] if output.drawn is not None else None
+            verdict = request.verify(step.draft, logits, best, drawn)
             hidden = output.taps[rows_of] if output.taps is not None else None
             text, kept = request.commit(step, verdict, self.runner, logits, hidden)
             outcomes.append((verdict, text, kept))
@@ -222,6 +218,35 @@ class Engine:
             new = tuple(request.tokens[len(request.tokens) - kept :]) if kept else ()
             events.append(StreamEvent(text, new, tuple(request.from_draft[len(request.from_draft) - kept :]), record))
         return events
+
+    def _draft(self, requests: Sequence[Request], controller: Controller) -> tuple[list[Round], int]:
+        """Plans and drafts of a round, and the rows of its forward. Drafters that can draft for all sequences at once do so."""
+        steps: list[Round] = []
+        waiting: dict[str, list[tuple[Round, DraftJob]]] = {}
+        together = {d.name: d for d in self.drafters if d.drafts_together} if len(requests) > 1 else {}
+        rows = 0
+        for request in requests:
+            step = request.plan(controller, self.speculation.max_draft_tokens, len(requests), rows)
+            steps.append(step)
+            job, name = request.job(step, controller), step.plan.drafter or ""
+            if job is not None and name in together:
+                waiting.setdefault(name, []).append((step, job))
+                # How many it will be is not known yet: about as many as it expects to emit.
+                rows += 1 + min(step.plan.num_draft, max(1, round(step.plan.expected_emitted)))
+                continue
+            if job is not None:
+                started = perf_counter()
+                step.draft = job.session.propose(job.num_tokens, job.keep_drafting)
+                step.draft_seconds += perf_counter() - started
+            rows += len(step.draft) + 1
+        for name, pairs in waiting.items():
+            started = perf_counter()
+            drafts = together[name].propose_together([job for _, job in pairs])
+            seconds = perf_counter() - started
+            for (step, _), draft in zip(pairs, drafts, strict=True):
+                step.draft = draft
+                step.draft_seconds += seconds
+        return steps, sum(len(step.draft) + 1 for step in steps)
 
     def _warmup_seconds(self) -> float:
         return self.runner.warmup_seconds + sum(drafter.warmup_seconds for drafter in self.drafters)
@@ -266,6 +291,7 @@ class Engine:
                     max_context=self.runner.info.max_context,
                     rule=self.speculation.rule,
                     task=task,
+                    draws_rows=self.runner.draws_rows,
                 )
                 requests.append(request)
                 request.started = started

@@ -76,6 +76,8 @@ class Draft:
     confidences: tuple[float, ...] = ()
     """Per token, a prefix-only estimate in [0, 1] (largest draft probability); empty when the drafter has none."""
     drafter: str = ""
+    coupled: bool = False
+    """True when tokens were drawn with the target's own random numbers and their distributions were not kept: for `match` alone."""
     without_replacement: bool = False
     """True when siblings were drawn from `draft_probs` without replacement."""
 

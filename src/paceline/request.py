@@ -10,12 +10,13 @@ import torch
 
 from paceline.config import SamplingParams
 from paceline.control.base import Controller, RoundContext
-from paceline.drafting.base import Drafter, DraftSession, SequenceView
+from paceline.drafting.base import Drafter, DraftJob, DraftSession, SequenceView
 from paceline.execution.base import Runner, Segment, SequenceHandle
+from paceline.execution.draws import DrawLaw, Draws
 from paceline.models.base import Tokenizer
 from paceline.output import OutputAssembler
 from paceline.records import PLAIN, Draft, DraftFeatures, GenerationResult, Round, StepRecord, TokenLogprob, Verdict
-from paceline.sampling import CounterRandom, SampledRows
+from paceline.sampling import CounterRandom, Purpose, SampledRows, draw_temperature
 from paceline.verification.registry import AUTO, choose_rule
 
 
@@ -46,7 +47,9 @@ class Request:
         max_context: int,
         rule: str = AUTO,
         task: str = "",
+        draws_rows: bool = False,
     ) -> None:
+        """draws_rows: the target's runner draws tokens (`Runner.draws_rows`)."""
         self.id = request_id
         self.tokens = list(prompt)
         self.num_prompt = len(self.tokens)
@@ -61,6 +64,9 @@ class Request:
         self._max_context = max_context
         max_new = min(params.max_tokens, max_context - self.num_prompt)
         self._output = OutputAssembler(tokenizer, params, self.num_prompt, max_new, end_ids)
+        # Where the runner draws, draws are matched: a ratio test would need the distributions on the host.
+        self._matches = rule == "match" or (rule == AUTO and (params.seed is not None or draws_rows))
+        self._draws_rows = draws_rows and self._matches and not (params.greedy or params.shapes_logits or params.min_tokens)
         view = SequenceView(
             request_id,
             self.tokens,
@@ -68,7 +74,7 @@ class Request:
             params,
             seed,
             self._stop_ids,
-            coupled=rule == "match" or (rule == AUTO and params.seed is not None),
+            coupled=self._matches,
             sequence=sequence,
         )
         self.sessions: dict[str, DraftSession] = {d.name: d.open(view) for d in drafters}
@@ -105,28 +111,33 @@ class Request:
         signal = next((o.signal for o in outlooks if o.drafter == plan.drafter), 0)
         return Round(plan, length, signal, control_seconds=perf_counter() - looked, draft_seconds=looked - started)
 
-    def draft(self, step: Round, controller: Controller) -> None:
-        """Let the chosen drafter propose."""
+    def job(self, step: Round, controller: Controller) -> DraftJob | None:
+        """What the chosen drafter is to propose, if one was chosen."""
         if step.plan.drafter is None or step.plan.num_draft == 0:
-            return
-        started = perf_counter()
+            return None
 
         def keep_drafting(features: DraftFeatures) -> bool:
             return controller.keep_drafting(self.id, features)
 
-        step.draft = self.sessions[step.plan.drafter].propose(step.plan.num_draft, keep_drafting)
-        step.draft_seconds += perf_counter() - started
+        return DraftJob(self.sessions[step.plan.drafter], step.plan.num_draft, keep_drafting)
 
     def segment(self, draft: Draft) -> Segment:
         """The pending token and the draft behind it, as one run of new tokens."""
         tokens = (self.tokens[-1], *draft.tokens)
         parents = None if draft.parents is None else (-1, *(parent + 1 for parent in draft.parents))
-        return Segment(self.sequence, tokens, parents)
+        return Segment(self.sequence, tokens, parents, draws=self._draws(draft) if self._draws_rows else None)
+
+    def _draws(self, draft: Draft) -> Draws:
+        """A draw from each row, with the number of the row's own position."""
+        params, first = self.params, len(self.tokens)
+        law = DrawLaw(draw_temperature(params), params.top_k, params.top_p, params.min_p, self._vocab_size or 1 << 30)
+        depths = range(len(draft) + 1) if draft.parents is None else [len(draft.path(row)) for row in range(len(draft) + 1)]
+        return Draws(law, [self._random.bits(first + depth, Purpose.TARGET) for depth in depths])
 
     # ---------- verify and commit ----------
 
-    def verify(self, draft: Draft, logits: torch.Tensor, best: Sequence[int] | None) -> Verdict:
-        """Judge the draft. logits: [len(draft) + 1, V], the row of the pending token first; best: as in `ForwardOutput`."""
+    def verify(self, draft: Draft, logits: torch.Tensor, best: Sequence[int] | None, drawn: Sequence[int] | None = None) -> Verdict:
+        """Judge the draft. logits: [len(draft) + 1, V], the row of the pending token first; best, drawn: as in `ForwardOutput`."""
         padded = self._vocab_size is not None and self._vocab_size < logits.shape[1]
         rows = SampledRows(
             logits,
@@ -137,8 +148,9 @@ class Request:
             end_ids=self._stop_ids,
             vocab_size=self._vocab_size,
             argmaxes=None if padded else best,
+            drawn=drawn if self._draws_rows else None,
         )
-        chosen = choose_rule(self._rule, self.params, draft, seeded=self.params.seed is not None)
+        chosen = choose_rule(self._rule, self.params, draft, seeded=self._matches)
         verdict = chosen.verify(rows, draft, self._random, len(self.tokens))
         if self.params.logprobs is not None:
             top = self.params.logprobs

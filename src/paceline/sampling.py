@@ -63,8 +63,12 @@ class CounterRandom:
 
     def uniform(self, position: int, purpose: Purpose, index: int = 0) -> float:
         """A number in [0, 1), a multiple of 2^-53."""
+        return self.bits(position, purpose, index) * 2.0**-53
+
+    def bits(self, position: int, purpose: Purpose, index: int = 0) -> int:
+        """`uniform` as a whole number in [0, 2^53)."""
         key = _mix((self._key + (position + 1) * _GOLDEN) & _MASK)
-        return (_mix((key + (8 * index + purpose + 1) * _GOLDEN) & _MASK) >> 11) * 2.0**-53
+        return _mix((key + (8 * index + purpose + 1) * _GOLDEN) & _MASK) >> 11
 
 
 def resolve_seed(seed: int | None) -> int:
@@ -142,7 +146,7 @@ def to_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         probs = torch.zeros_like(logits)
         probs[argmax_rows(logits[None])[0]] = 1.0
         return probs
-    scaled = logits / max(params.temperature, _MIN_TEMPERATURE) if params.temperature != 1.0 else logits
+    scaled = logits / draw_temperature(params) if params.temperature != 1.0 else logits
     if params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0:
         return torch.softmax(scaled, dim=-1)
     peak = scaled.max()
@@ -154,6 +158,11 @@ def to_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     if params.min_p > 0.0:
         weights = _keep_from(weights, params.min_p)  # the largest weight is 1
     return weights / weights.sum()
+
+
+def draw_temperature(params: SamplingParams) -> float:
+    """What logits are divided by where tokens are drawn."""
+    return max(params.temperature, _MIN_TEMPERATURE)
 
 
 def _keep_from(weights: torch.Tensor, floor: torch.Tensor | float) -> torch.Tensor:
@@ -235,12 +244,14 @@ class SampledRows:
         end_ids: Collection[int] = (),
         vocab_size: int | None = None,
         argmaxes: Sequence[int] | None = None,
+        drawn: Sequence[int] | None = None,
     ) -> None:
         """logits: [len(draft) + 1, W] float32. committed: prompt and output so far.
 
         end_ids: tokens that would end the text; banned in rows before `params.min_tokens` tokens were emitted.
         vocab_size: V; ids from V on (padding of the model's head) are cut off. None: V = W.
         argmaxes: `argmax_rows(logits[:, :V])`, when the caller has it already (one transfer for a whole batch).
+        drawn: what each row drew with the number of its position, where the runner draws (-1: it could not).
         """
         if logits.shape[0] != len(draft) + 1:
             raise ValueError(f"logits has {logits.shape[0]} rows; a draft of {len(draft)} tokens needs {len(draft) + 1}")
@@ -251,6 +262,7 @@ class SampledRows:
         self._draft = draft
         self._end_ids = end_ids
         self._argmaxes = argmaxes
+        self._drawn = drawn
         self._history: torch.Tensor | None = None
         self._processed: dict[int, torch.Tensor] = {}
         self._probs: dict[int, torch.Tensor] = {}
@@ -265,6 +277,10 @@ class SampledRows:
         if token < 0 or token in self._banned(row):
             return argmax_rows(self.logits(row)[None])[0]
         return token
+
+    def drawn(self, row: int) -> int | None:
+        """The token that the row drew already, with the number of its own position; None where it did not."""
+        return self._drawn[row] if self._drawn is not None and self._drawn[row] >= 0 else None
 
     def probs(self, row: int) -> torch.Tensor:
         """[V] float32: what the row's token is drawn from. Do not write into it."""

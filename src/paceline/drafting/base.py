@@ -123,6 +123,15 @@ class DraftSession(ABC):
         """The sequence ended: give back what it held."""
 
 
+@dataclass(frozen=True, slots=True)
+class DraftJob:
+    """A draft that is wanted of a session; see `DraftSession.propose`."""
+
+    session: DraftSession
+    num_tokens: int
+    keep_drafting: KeepDrafting
+
+
 class Reviewer(ABC):
     """A drafter's model where it verifies for another drafter (`drafting/level.py`); one for each sequence."""
 
@@ -173,6 +182,8 @@ class Drafter(ABC):
     """Layers whose states sessions are to `follow`, numbered as in `Runner.forward_tapped`."""
     samples: bool = False
     """True when drafts are drawn from `Draft.draft_probs` (at temperature > 0); False for point-mass drafts."""
+    drafts_together: bool = False
+    """Whether `propose_together` saves time."""
     share_of_target: float | None = None
     """For drafters that run a part of the target: that part of a plain step, as a first guess of a drafted token's cost."""
     verifier: Runner | None = None
@@ -191,6 +202,10 @@ class Drafter(ABC):
     @abstractmethod
     def open(self, view: SequenceView) -> DraftSession:
         """Begin to follow a sequence."""
+
+    def propose_together(self, jobs: Sequence[DraftJob]) -> list[Draft]:
+        """Drafts of several sequences; each is a draft that its session could have proposed alone."""
+        return [job.session.propose(job.num_tokens, job.keep_drafting) for job in jobs]
 
     def open_reviewer(self, view: SequenceView) -> Reviewer:
         """Begin to verify for another drafter. view: the sequence as the level above has it. Only with a `verifier`."""

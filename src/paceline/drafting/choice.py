@@ -10,8 +10,9 @@ import torch
 from paceline.config import SamplingParams
 from paceline.drafting.base import SequenceView
 from paceline.drafting.temperature import TemperatureTuner, Trial
+from paceline.execution.draws import DrawLaw
 from paceline.records import Draft, DraftFeatures, Verdict
-from paceline.sampling import CounterRandom, Purpose, argmax_rows, draw, process_logits, to_probs
+from paceline.sampling import CounterRandom, Purpose, argmax_rows, draw, draw_temperature, process_logits, to_probs
 
 _FLOOR = 1e-30
 """Stands in for probability 0 under a logarithm whose factor is 0."""
@@ -32,18 +33,37 @@ class TokenChooser:
         self._trial: Trial | None = None
 
     @property
-    def plain_greedy(self) -> bool:
-        """Whether a token is the largest of the model's own logits now: nothing shapes or bans any."""
+    def greedy(self) -> bool:
+        """Whether tokens are chosen rather than drawn."""
+        return self._sampling.greedy
+
+    @property
+    def unshaped(self) -> bool:
+        """Whether tokens are chosen now from the model's own logits, by temperature and filters alone, and without keeping their
+        distributions: greedily, or with the target's random numbers."""
         view = self._view
         allowed = len(view.tokens) - view.num_prompt >= self._sampling.min_tokens
-        return self._sampling.greedy and not self._sampling.shapes_logits and allowed
+        return (self._sampling.greedy or view.coupled) and not self._sampling.shapes_logits and allowed
+
+    def ahead(self, count: int) -> tuple[DrawLaw | None, list[int]]:
+        """The law of a new draft's tokens, and the random numbers of the first `count`; None and nothing when greedy."""
+        if self._sampling.greedy:
+            return None, []
+        self._settle()
+        drawn, view = self._drawn, self._view
+        law = DrawLaw(draw_temperature(drawn), drawn.top_k, drawn.top_p, drawn.min_p, self._vocab_size)
+        first, random = len(view.tokens), CounterRandom(view.seed)
+        return law, [random.bits(first + index, Purpose.TARGET) for index in range(count)]
 
     def begin(self) -> Choice:
         """A new draft after the committed tokens. Its temperature is settled here, before a token is drawn."""
+        self._settle()
+        return Choice(self, sampled=not self._sampling.greedy)
+
+    def _settle(self) -> None:
         if self._tuner is not None:
             self._trial = self._tuner.next()
             self._drawn = replace(self._sampling, temperature=min(self._sampling.temperature * self._trial.factor, 100.0))
-        return Choice(self, sampled=not self._sampling.greedy)
 
     def learn(self, verdict: Verdict | None) -> None:
         """A round was committed; verdict: of this chooser's last draft, else None."""

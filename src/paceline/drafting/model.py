@@ -16,13 +16,22 @@ from typing import TYPE_CHECKING
 import torch
 
 from paceline.config import SamplingParams
-from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec, DraftSession, KeepDrafting, Reviewer, SequenceView
+from paceline.drafting.base import (
+    Drafter,
+    DrafterContext,
+    DrafterSpec,
+    DraftJob,
+    DraftSession,
+    KeepDrafting,
+    Reviewer,
+    SequenceView,
+)
 from paceline.drafting.choice import TokenChooser
 from paceline.drafting.options import number, whole
 from paceline.drafting.temperature import DraftTemperature, check_draft_temperature
 from paceline.drafting.tree_search import Children, Growth, expand_and_rerank, opt_tree
 from paceline.errors import OptionError, ResourceError
-from paceline.execution.base import DecodedToken, Segment, prefill
+from paceline.execution.base import DecodedToken, Decoding, Segment, prefill
 from paceline.records import Draft, DraftFeatures, Outlook, Verdict
 
 if TYPE_CHECKING:
@@ -82,6 +91,7 @@ class ModelDrafter(Drafter):
         self.vocab_size = vocab_size or runner.info.vocab_size
         self.tree = tree
         self.verifier = None if tree else runner
+        self.drafts_together = runner.decodes_ahead and not tree
         self.temperature = DraftTemperature(self.options.temperature)
 
     @classmethod
@@ -97,6 +107,18 @@ class ModelDrafter(Drafter):
 
     def open(self, view: SequenceView) -> ModelSession:
         return ModelTreeSession(self, view) if self.tree else ModelSession(self, view)
+
+    def propose_together(self, jobs: Sequence[DraftJob]) -> list[Draft]:
+        """As the base class says: sequences whose drafts the runner can make by itself share its steps."""
+        sessions = [job.session for job in jobs]
+        if any(not isinstance(s, ModelSession) or not s.joins(j.num_tokens) for s, j in zip(sessions, jobs, strict=True)):
+            return super().propose_together(jobs)
+        joined = [(s, j) for s, j in zip(sessions, jobs, strict=True) if isinstance(s, ModelSession)]
+        try:
+            decoded = self.runner.decode_ahead([s.begin_ahead(j.num_tokens, j.keep_drafting) for s, j in joined])
+        except ResourceError:  # memory is short: whoever finds none goes on without a draft
+            return super().propose_together(jobs)
+        return [session.end_ahead(tokens) for (session, _), tokens in zip(joined, decoded, strict=True)]
 
     def memory_bytes(self) -> int:
         return self.runner.info.weight_bytes
@@ -138,7 +160,7 @@ class ModelSession(DraftSession):
     def _synchronise(self) -> None:
         """Keep the drafted tokens that were committed, drop the others from the cache."""
         tokens = self._view.tokens
-        self._agreed = min(self._agreed, len(tokens) - 1)
+        self._agreed = min(self._agreed, len(tokens) - 1, self._cache.length)
         for token in self._drafted:
             if self._agreed >= len(tokens) - 1 or tokens[self._agreed] != token:
                 break
@@ -172,9 +194,10 @@ class ModelSession(DraftSession):
             return Draft((), drafter=self._drafter.name)
 
     def _draft(self, num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
+        if self._ahead:
+            (decoded,) = self._runner.decode_ahead([self.begin_ahead(num_tokens, keep_drafting)])
+            return self.end_ahead(decoded)
         feed = self._catch_up()
-        if self._streams and self._chooser.plain_greedy:
-            return self._propose_ahead(feed, num_tokens, keep_drafting)
         chosen = self._chooser.begin()
         while True:
             features = chosen.add(self._forward(feed))
@@ -185,26 +208,43 @@ class ModelSession(DraftSession):
             feed = [token]
             self._drafted.append(token)
 
-    def _propose_ahead(self, feed: list[int], num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
-        """The same where the runner decodes ahead: the controller is asked about a token while the next one is decoded.
+    @property
+    def _ahead(self) -> bool:
+        """Whether the runner can make the next draft by itself."""
+        return self._streams and self._chooser.unshaped
+
+    def joins(self, num_tokens: int) -> bool:
+        """Whether the next draft can be made together with those of other sequences."""
+        self._synchronise()
+        return self._ahead and not self._dropped and min(num_tokens, self._room()) > 0
+
+    def begin_ahead(self, num_tokens: int, keep_drafting: KeepDrafting) -> Decoding:
+        """What the runner is to decode ahead: the controller is asked about a token while the next one is decoded.
 
         A token's evidence is that of its own distribution, as one by one, so a stop depends on nothing that comes after it. The
         token that is under way at a stop is drafted, too: its time is spent, and it was so before anything was known of it.
         """
+        num_tokens = min(num_tokens, self._room())
         ends = self._view.end_ids
         position = 0
 
         def keep_on(decoded: DecodedToken) -> bool:
             nonlocal position
             position += 1
-            features = DraftFeatures(position, decoded.largest, decoded.largest, decoded.entropy, decoded.margin)
+            features = DraftFeatures(position, decoded.largest, decoded.chance, decoded.entropy, decoded.margin)
             return position < num_tokens and decoded.token not in ends and keep_drafting(features)
 
-        decoded = self._runner.decode_ahead(self._cache, feed, num_tokens, keep_on)
+        law, numbers = self._chooser.ahead(num_tokens)
+        return Decoding(self._cache, self._catch_up(), num_tokens, keep_on, law, numbers)
+
+    def end_ahead(self, decoded: Sequence[DecodedToken]) -> Draft:
+        """The draft that was decoded."""
+        ends = self._view.end_ids
         self._drafted = [d.token for d in decoded[:-1]]  # what was fed
         end = next((i for i, d in enumerate(decoded, 1) if d.token in ends), len(decoded))
         tokens, confidences = tuple(d.token for d in decoded[:end]), tuple(d.largest for d in decoded[:end])
-        return Draft(tokens, confidences=confidences, drafter=self._drafter.name)
+        drawn = not self._chooser.greedy
+        return Draft(tokens, confidences=confidences, drafter=self._drafter.name, coupled=drawn)
 
     def _catch_up(self) -> list[int]:
         """Feed what the cache lacks but for a last piece, which ends with the pending token and is returned."""

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from paceline.errors import OptionError
+from paceline.execution.draws import DrawLaw, Draws
 
 MATRICES = ("qkv", "o", "gate_up", "down")
 """The matrices of a layer, where one speaks of them by number."""
@@ -41,6 +42,8 @@ class Segment:
     """Index of each token's parent within `tokens` (parents[i] < i), -1 for none. None means a chain."""
     num_logits: int | None = None
     """Logits of this many last rows; None for all, 0 for none (prompt chunks)."""
+    draws: Draws | None = None
+    """A token to draw from each row, for runners with `draws_rows`; others leave it to the caller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,9 @@ class ForwardOutput:
     best: list[int] | None = None
     """Per row the token of the largest logit, the lowest of equals, -1 where a logit is not finite; None where the backend leaves
     that to the caller."""
+    drawn: list[int] | None = None
+    """Per row the token that was drawn as its segment asked (`best` where it did not ask), -1 as in `best`; None where nothing was
+    drawn."""
     taps: torch.Tensor | None = None
     """[T, layers, H] float32 of *all* new tokens, in the order of the segments: what `forward_tapped` was asked for."""
 
@@ -86,11 +92,30 @@ class DecodedToken:
 
     token: int
     largest: float
-    """Largest probability: the token's own."""
+    """Largest probability."""
     entropy: float
     """Nats."""
     margin: float
     """Largest less second-largest probability."""
+    chance: float
+    """Probability that this token had where it was drawn; the largest one when greedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """What `Runner.decode_ahead` is to do for one sequence."""
+
+    sequence: SequenceHandle
+    feed: Sequence[int]
+    """Tokens to feed first."""
+    most: int
+    """Tokens to decode at most."""
+    keep_on: Callable[[DecodedToken], bool]
+    """Asked after each token: shall another one follow?"""
+    law: DrawLaw | None = None
+    """None: greedy."""
+    numbers: Sequence[int] = ()
+    """With a law: a random number for each token, as in `Draws`."""
 
 
 class Runner(ABC):
@@ -136,16 +161,17 @@ class Runner(ABC):
     decodes_ahead: bool = False
     """Whether `decode_ahead` is there."""
 
-    def decode_ahead(
-        self, sequence: SequenceHandle, feed: Sequence[int], most: int, keep_on: Callable[[DecodedToken], bool]
-    ) -> list[DecodedToken]:
-        """Feed tokens, then decode greedily until `keep_on` says no or there are `most`; never waits for the answer.
+    def decode_ahead(self, jobs: Sequence[Decoding]) -> list[list[DecodedToken]]:
+        """Feed tokens to each sequence, then decode until its `keep_on` says no or there are `most`; never waits for the answer.
 
-        A token that was under way when the answer was no comes along, since its time is spent: whether it does depends on nothing
-        that is known of it. Commits `feed` and the decoded tokens but the last one. Raises OptionError, ResourceError;
-        NotImplementedError unless `decodes_ahead`.
+        All sequences share their steps. A token that was under way when the answer was no comes along, since its time is spent:
+        whether it does depends on nothing that is known of it. Commits `feed` and the decoded tokens but the last one. Raises
+        OptionError, ResourceError; NotImplementedError unless `decodes_ahead`.
         """
         raise NotImplementedError(f"the {self.info.backend} backend decodes token by token")
+
+    draws_rows: bool = False
+    """Whether `forward` draws tokens (`Segment.draws`)."""
 
     has_taps: bool = False
     """Whether `forward_tapped` is there."""

@@ -48,3 +48,7 @@ class TargetRows(Protocol):
     @abstractmethod
     def probs(self, row: int) -> torch.Tensor:
         """[V] float32 (or wider), processed, sums to one. The caller must not write into it."""
+
+    def drawn(self, row: int) -> int | None:
+        """The token that the row drew with the random number of its own position (`Purpose.TARGET`); None: draw it from `probs`."""
+        return None

@@ -21,13 +21,17 @@ class MatchRule(Rule):
     name = "match"
 
     def verify(self, target: TargetRows, draft: Draft, random: CounterRandom, position: int) -> Verdict:
-        path, emitted = walk(draft, lambda row, depth: draw(target.probs(row), random.uniform(position + depth, Purpose.TARGET)))
+        def choose(row: int, depth: int) -> int:
+            token = target.drawn(row)
+            return draw(target.probs(row), random.uniform(position + depth, Purpose.TARGET)) if token is None else token
+
+        path, emitted = walk(draft, choose)
         return Verdict(tuple(path), tuple(emitted), self._acceptance(target, draft, path))
 
     @staticmethod
     def _acceptance(target: TargetRows, draft: Draft, path: list[int]) -> tuple[float, ...]:
         """Mass of the children at each observed position; of drawn drafts the outcome, as their noise may be the target's."""
-        if draft.draft_probs is not None:
+        if draft.draft_probs is not None or draft.coupled:
             return outcome_labels(draft, path)
         children = child_lists(draft)
         labels = []

@@ -6,13 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from paceline.execution.base import Segment
+from paceline.config import SamplingParams
+from paceline.execution.base import Decoding, Segment
+from paceline.execution.cuda.drawing import Drawer
 from paceline.execution.cuda.driver import missing_reason
 from paceline.execution.cuda.linears import PackedLinear
 from paceline.execution.cuda.packing import FORMATS, column_tiles, from_column_tiles, row_order, unpack
 from paceline.execution.cuda.runner import CudaRunner
 from paceline.execution.cuda.stepping import reference_steps
-from unit.execution.cuda_toys import MODELS, commit, error, logits_after, runner
+from paceline.execution.draws import DrawLaw, Draws, draw_from, draw_rows, row_weights
+from paceline.sampling import CounterRandom, Purpose
+from unit.execution.cuda_toys import MODELS, check_texts, commit, error, logits_after, runner
 from unit.execution.toy_sources import random_tokens
 
 _ABSENT = not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0) or missing_reason() is not None
@@ -128,9 +132,9 @@ def test_decoding_ahead_equals_single_forwards(feed: list[int]) -> None:
         commit(run, sequence, prefix)
     for stop, most in ((9, 9), (3, 9), (1, 1)):  # the second one with a token under way
         answers = iter([True] * (stop - 1) + [False])
-        got = run.decode_ahead(ahead, feed, most, lambda _, answers=answers: next(answers))
-        _, read = reference_steps(run, alone, feed)
-        want = [read() for _ in range(min(stop + 1, most))]
+        (got,) = run.decode_ahead([Decoding(ahead, feed, most, lambda _, answers=answers: next(answers))])
+        _, read = reference_steps(run, [Decoding(alone, feed, most, lambda _: True)], [feed])
+        want = [read()[0] for _ in range(min(stop + 1, most))]
         assert [token.token for token in got] == [token.token for token in want]
         for ours, theirs in zip(got, want, strict=True):
             assert (ours.largest, ours.entropy, ours.margin) == pytest.approx(
@@ -138,6 +142,102 @@ def test_decoding_ahead_equals_single_forwards(feed: list[int]) -> None:
             )
         assert ahead.length == alone.length
     assert torch.equal(run.forward([Segment(ahead, [3])]).logits.clone(), run.forward([Segment(alone, [3])]).logits)
+
+
+LAWS = (DrawLaw(1.0), DrawLaw(0.7, top_k=40), DrawLaw(1.2, top_p=0.9), DrawLaw(0.9, 60, 0.8, 0.02), DrawLaw(2.0, vocab_size=900))
+
+
+@pytest.mark.parametrize("vocab", [97, 1000, 49152])
+def test_a_draw_is_that_of_the_readable_form(vocab: int) -> None:
+    rows, generator = 64, torch.Generator("cuda").manual_seed(vocab)
+    logits = 4 * torch.randn(rows, vocab + 7, generator=generator, device="cuda")
+    logits[3, : vocab // 2] = float("-inf")
+    logits[4] = logits[4].round()  # ties
+    best = logits[:, :vocab].argmax(-1).int()
+    best[5] = -1
+    drawer = Drawer(rows, vocab, torch.device("cuda"), torch.zeros(rows, dtype=torch.int32, device="cuda"))
+    random = CounterRandom(3)
+    for turn in range(3):
+        laws: list[DrawLaw | None] = [None if row % 6 == 5 else LAWS[row % 6] for row in range(rows)]
+        numbers = [random.bits(100 * turn + row, Purpose.TARGET) for row in range(rows)]
+        drawer.describe(laws, numbers)
+        drawer.launch(logits, best, rows)
+        for row, (got, chance) in enumerate(zip(drawer.tokens.tolist(), drawer.chances.tolist(), strict=True)):
+            law = laws[row]
+            if law is None or best[row] < 0:
+                assert (got, chance) == (int(best[row]), -1.0)
+                continue
+            weights = row_weights(logits[row, :vocab], law)
+            assert got == draw_from(weights, numbers[row])
+            assert chance == pytest.approx(weights[got] / weights.sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("parents", [None, TREE])
+def test_a_forward_draws_what_the_readable_form_draws_from_its_rows(parents: list[int] | None) -> None:
+    run, prefix, tokens = runner("cuda_llama", "bf16", "cuda"), random_tokens(90, 3), random_tokens(len(TREE), 4)
+    one, other = run.open(), run.open()
+    for sequence in (one, other):
+        commit(run, sequence, prefix)
+    draws = Draws(DrawLaw(0.8, top_p=0.95), [CounterRandom(1).bits(i, Purpose.TARGET) for i in range(len(TREE))])
+    out = run.forward([Segment(other, [7]), Segment(one, tokens, parents, draws=draws)])
+    assert out.best is not None
+    assert out.drawn == [out.best[0], *draw_rows(out.logits[1:], draws, len(TREE))]
+    last = run.forward([Segment(one, tokens, parents, num_logits=2, draws=draws)])
+    assert last.drawn == out.drawn[-2:]
+    assert run.forward([Segment(other, [7])]).drawn is None
+
+
+@pytest.mark.parametrize("law", [None, DrawLaw(0.9, top_k=30)])
+def test_sequences_that_decode_ahead_together_get_what_each_gets_alone(law: DrawLaw | None) -> None:
+    run = runner("cuda_llama", "bf16", "cuda")
+    jobs, alone = [], []
+    for i, (feed, most) in enumerate((([5], 9), (random_tokens(40, 8), 4), ([1, 2, 3], 12), ([9], 7), (random_tokens(30, 9), 6))):
+        sequences = run.open(), run.open()
+        for sequence in sequences:
+            commit(run, sequence, random_tokens(60 + 13 * i, i))
+        numbers = [CounterRandom(i).bits(k, Purpose.TARGET) for k in range(most)] if law is not None else []
+        jobs.append(Decoding(sequences[0], feed, most, lambda token: token.token % 5 != 0, law, numbers))
+        alone.append(Decoding(sequences[1], feed, most, lambda token: token.token % 5 != 0, law, numbers))
+    got = run.decode_ahead(jobs)
+    for job, single, tokens in zip(jobs, alone, got, strict=True):
+        (want,) = run.decode_ahead([single])
+        assert tokens == want
+        assert job.sequence.length == single.sequence.length
+        assert torch.equal(
+            run.forward([Segment(job.sequence, [3])]).logits.clone(), run.forward([Segment(single.sequence, [3])]).logits
+        )
+        run.close(job.sequence)
+        run.close(single.sequence)
+
+
+def test_drawn_steps_are_those_of_single_forwards() -> None:
+    run, prefix = runner("cuda_llama", "bf16", "cuda"), random_tokens(120, 6)
+    ahead, alone = run.open(), run.open()
+    for sequence in (ahead, alone):
+        commit(run, sequence, prefix)
+    for turn in range(40):  # round and round the lines that numbers are sent in
+        numbers = [CounterRandom(turn).bits(k, Purpose.TARGET) for k in range(9)]
+        law = DrawLaw(1.0, top_p=0.9)
+        (got,) = run.decode_ahead([Decoding(ahead, [5, 6], 9, lambda _: True, law, numbers)])
+        _, read = reference_steps(run, [Decoding(alone, [5, 6], 9, lambda _: True, law, numbers)], [[5, 6]])
+        want = [read()[0] for _ in range(9)]
+        assert [token.token for token in got] == [token.token for token in want]
+        assert [token.chance for token in got] == pytest.approx([token.chance for token in want], rel=1e-4)
+        for sequence in (ahead, alone):
+            run.truncate(sequence, len(prefix))
+
+
+@pytest.mark.parametrize("num_draft", [1, 4, 15])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(max_tokens=40),
+        SamplingParams(max_tokens=40, temperature=0.8, seed=4),
+        SamplingParams(max_tokens=40, temperature=1.0, top_k=30, top_p=0.9, min_p=0.01, seed=4),
+    ],
+)
+def test_texts_are_the_same_alone_in_a_batch_plain_and_drafted(params: SamplingParams, num_draft: int) -> None:
+    check_texts(runner("cuda_llama", "bf16", "cuda"), runner("cuda_llama", "int8", "cuda"), params, num_draft)
 
 
 def test_plain_and_speculative_kernels_agree_without_overlap_too() -> None:

@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from paceline.config import RunnerConfig, SamplingParams
-from paceline.drafting.base import SequenceView
+from paceline.drafting.base import DraftJob, SequenceView
 from paceline.drafting.model import ModelDrafter
 from paceline.errors import ModelError, OptionError, ResourceError
-from paceline.execution.base import DecodedToken, Segment, prefill
+from paceline.execution.base import DecodedToken, Decoding, Segment, prefill
 from paceline.execution.cuda import memory
 from paceline.execution.cuda.runner import CudaRunner
+from paceline.execution.draws import DrawLaw
 from paceline.records import DraftFeatures
-from unit.execution.cuda_toys import MODELS, commit, error, logits_after, runner
+from paceline.sampling import CounterRandom, Purpose
+from unit.execution.cuda_toys import MODELS, check_texts, commit, error, logits_after, runner
 from unit.execution.toy_sources import ToySource, random_tokens, stock_logits
 
 TOLERANCE = {"bf16": 0.03, "int8": 0.06, "fp8": 0.15, "int4": 0.45}
@@ -64,7 +66,7 @@ def test_decoding_ahead_is_greedy_and_commits_what_was_fed(feed: list[int]) -> N
     sequence = run.open()
     commit(run, sequence, prefix)
     text = [*prefix, *feed]
-    decoded = run.decode_ahead(sequence, feed, 4, lambda _: True)
+    (decoded,) = run.decode_ahead([Decoding(sequence, feed, 4, lambda _: True)])
     assert sequence.length == len(text) + 3
     for token in decoded:
         probs = logits_after(run, text[:-1], text[-1:])[0].softmax(-1)
@@ -85,7 +87,7 @@ def test_a_stop_brings_along_the_token_that_was_under_way(stop: int, count: int)
         asked.append(token.token)
         return len(asked) < stop
 
-    decoded = [token.token for token in run.decode_ahead(sequence, [5], 4, keep_on)]
+    decoded = [token.token for token in run.decode_ahead([Decoding(sequence, [5], 4, keep_on)])[0]]
     assert len(decoded) == count
     assert asked == decoded[:stop]
     assert sequence.length == len(prefix) + count
@@ -112,6 +114,50 @@ def test_a_draft_decoded_ahead_is_the_one_made_token_by_token() -> None:
     view.tokens += [*one.tokens[:2], 11]  # two were accepted, then the target's own
     assert ahead.outlook(4).catch_up == 0
     assert ahead.propose(3, keep).tokens == single.propose(3, keep).tokens
+
+
+def test_sequences_decode_ahead_together_as_each_does_alone() -> None:
+    run, law = runner("cuda_llama"), DrawLaw(1.0, top_k=20)
+    jobs = []
+    for i, (feed, most) in enumerate((([5], 5), ([6, 7], 2), (random_tokens(70, 9), 3))):
+        pair = run.open(), run.open()
+        for sequence in pair:
+            commit(run, sequence, random_tokens(30 + i, i))
+        numbers = [CounterRandom(i).bits(k, Purpose.TARGET) for k in range(most)]
+        drawn = law if i else None
+        jobs.append([Decoding(sequence, feed, most, lambda t: t.token % 3 != 0, drawn, numbers if i else ()) for sequence in pair])
+    together = run.decode_ahead([job for job, _ in jobs])
+    for tokens, (job, single) in zip(together, jobs, strict=True):
+        alone = run.decode_ahead([single])[0]
+        assert [t.token for t in tokens] == [t.token for t in alone]
+        assert 1 <= len(tokens) <= job.most
+        assert job.sequence.length == single.sequence.length
+
+
+def test_a_draw_without_its_random_numbers_is_refused() -> None:
+    run = runner("cuda_llama")
+    with pytest.raises(OptionError, match="random number for each token"):
+        run.decode_ahead([Decoding(run.open(), [5], 2, lambda _: True, DrawLaw(1.0), [1])])
+
+
+@pytest.mark.parametrize("num_draft", [1, 4])
+def test_batches_with_a_draft_say_what_each_sequence_says_alone_without_one(num_draft: int) -> None:
+    check_texts(runner("cuda_llama"), runner("cuda_llama", "int4"), SamplingParams(max_tokens=12), num_draft)
+
+
+def test_memory_that_runs_out_for_some_of_a_batch_leaves_those_without_a_draft() -> None:
+    run = CudaRunner(ToySource("cuda_llama"), device="cpu", max_context=192, memory_bytes=4 << 30)
+    views = [SequenceView(i, random_tokens(100, i), 100, SamplingParams(), seed=1) for i in range(2)]
+    drafter = ModelDrafter(run)
+    sessions = [drafter.open(view) for view in views]
+    with torch.inference_mode():
+        while run._cache.free_pages > 3:  # others take what there is
+            run._cache.stage(run.open(), 64)
+    with pytest.warns(RuntimeWarning, match="left out of this request"):
+        drafts = drafter.propose_together([DraftJob(session, 3, lambda _: True) for session in sessions])
+    assert sorted(len(draft) for draft in drafts) == [0, 3]
+    left = next(session for session, draft in zip(sessions, drafts, strict=True) if draft.tokens)
+    assert left.cached_tokens == 102
 
 
 def test_nothing_is_drafted_behind_an_end_token() -> None:

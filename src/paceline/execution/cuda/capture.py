@@ -23,7 +23,7 @@ GENERAL_ROWS = (8, 16, 32, 48, 64)
 """Rows of graphs that serve any batch of so many rows, captured before the first round."""
 CAPTURE_AFTER = 16
 """Forwards of a shape that a more general graph serves before it gets its own: a capture takes as long as several plain steps."""
-_FIELDS = ("tokens", "lengths", "depths", "indices", "sequences")
+_FIELDS = ("tokens", "lengths", "depths", "indices", "sequences", "sources")
 _WORDS = (len(_FIELDS) + 3) * MAX_ROWS + MAX_ROWS * MAX_ROWS // 4
 _STAGES = 8
 
@@ -75,8 +75,8 @@ class Layout:
 
     def _place_words(self) -> None:
         lines = self._words[: (len(_FIELDS) + 3) * MAX_ROWS].view(-1, MAX_ROWS)
-        self.tokens, self.lengths, self.depths, self.indices, self.sequences = lines[:5]
-        self.blocks = lines[5:]
+        self.tokens, self.lengths, self.depths, self.indices, self.sequences, self.sources = lines[: len(_FIELDS)]
+        self.blocks = lines[len(_FIELDS) :]
         """[3, 64]: first row, number of rows, sequence of each block of query rows."""
         self.paths = self._words[lines.numel() :].view(torch.uint8).view(MAX_ROWS, MAX_ROWS)
         """[64, 64] uint8: the token of the row's segment at each depth of its path."""
@@ -92,26 +92,27 @@ class Layout:
         """Describe a forward whose rows touch nothing that anyone reads."""
         self.fill((), Shape(1, 1, 1, 1))
 
-    def fill(self, batch: Sequence[Rows], shape: Shape) -> None:
-        """Describe a forward: rows one after another, then rows that only fill the bucket."""
+    def fill(self, batch: Sequence[Rows], shape: Shape, sources: Sequence[int] = ()) -> None:
+        """Describe a forward: rows one after another, then rows that only fill the bucket. sources: see `fused.advance`."""
         self._turn = (self._turn + 1) % _STAGES
         if self._copied:
             self._copied[self._turn].synchronize()
         stage = self._stages[self._turn]
-        describe(stage.numpy(), batch, shape)
+        describe(stage.numpy(), batch, shape, sources)
         self._words.copy_(stage, non_blocking=True)
         if self._copied:
             self._copied[self._turn].record()
 
 
-def describe(words: np.ndarray, batch: Sequence[Rows], shape: Shape) -> None:
+def describe(words: np.ndarray, batch: Sequence[Rows], shape: Shape, sources: Sequence[int] = ()) -> None:
     """Write a forward's description into `Layout`'s words (int32)."""
     lines = words[: (len(_FIELDS) + 3) * MAX_ROWS].reshape(-1, MAX_ROWS)
     paths = words[lines.size :].view(np.uint8).reshape(MAX_ROWS, MAX_ROWS)
     lines[:] = 0
-    tokens, lengths, depths, indices, sequences = lines[:5]
+    tokens, lengths, depths, indices, sequences, source_rows = lines[: len(_FIELDS)]
     sequences[:] = -1
-    blocks = lines[5:]
+    source_rows[: len(sources)] = sources
+    blocks = lines[len(_FIELDS) :]
     row = block = 0
     for rows in batch:
         count = len(rows.tokens)
@@ -183,6 +184,14 @@ def general(shape: Shape, block_tokens: int) -> Shape:
     """
     rows = next(rows for rows in GENERAL_ROWS if rows >= shape.rows)
     return Shape(rows, rows, block_tokens, shape.chunks)
+
+
+def for_steps(shape: Shape) -> Shape:
+    """The shape of steps over as many sequences as rows, of which there are to be few as well: idle rows cost next to nothing."""
+    if shape.rows == 1:
+        return shape
+    rows = next(rows for rows in (4, *GENERAL_ROWS) if rows >= shape.rows)
+    return Shape(rows, rows, shape.block_tokens, shape.chunks)
 
 
 class Graphs:

@@ -103,30 +103,44 @@ def _best_of_row(parts, indices, NUM_BLOCKS, tokens, evidence, PADDED: tl.conste
     tl.store(evidence + row * 3 + 2, (1.0 - tl.exp(below - best)) / total)
 
 
-@triton.jit(do_not_specialize=["source", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _advance(
-    best,
-    evidence,
+    picked,  # a token for each next input; or, unless DRAWN, the best one of each row of the forward
+    evidence,  # of the rows of the forward
+    chances,  # of drawn tokens, -1 for what is greedy
+    sources,  # row of the forward for each next input, if GATHER
     tokens,
     lengths,
     line,  # [1] int32
     history,  # [RING, ROWS] int32
-    evidence_history,  # [RING, ROWS, 3] f32
-    source,
+    evidence_history,  # [RING, ROWS, 4] f32
     rows,
     RING: tl.constexpr,
     ROWS: tl.constexpr,
+    GATHER: tl.constexpr,
+    DRAWN: tl.constexpr,
     GROW: tl.constexpr,
 ):
-    """Best tokens of the rows from `source` on become the next inputs; both histories get a line. One program."""
+    """A token of each row becomes its next input; both histories get a line. One program."""
     row = tl.arange(0, ROWS)
     live = row < rows
-    token = tl.load(best + source + row, mask=live, other=0)
+    source = row
+    if GATHER:
+        source = tl.load(sources + row, mask=live, other=0)
+    largest = tl.load(evidence + source * 3, mask=live, other=0.0)
+    if DRAWN:
+        token = tl.load(picked + row, mask=live, other=0)
+        chance = tl.load(chances + row, mask=live, other=0.0)
+        chance = tl.where(chance < 0.0, largest, chance)
+    else:
+        token = tl.load(picked + source, mask=live, other=0)
+        chance = largest
     at = tl.load(line)
     place_of = at * ROWS + row
     tl.store(history + place_of, token, mask=live)
     for i in tl.static_range(3):
-        tl.store(evidence_history + place_of * 3 + i, tl.load(evidence + (source + row) * 3 + i, mask=live), mask=live)
+        tl.store(evidence_history + place_of * 4 + i, tl.load(evidence + source * 3 + i, mask=live), mask=live)
+    tl.store(evidence_history + place_of * 4 + 3, chance, mask=live)
     tl.store(tokens + row, tl.maximum(token, 0), mask=live)
     if GROW:
         tl.store(lengths + row, tl.load(lengths + row, mask=live, other=0) + 1, mask=live)
@@ -169,7 +183,9 @@ class BestToken:
         self._vocab, self._blocks = vocab, triton.cdiv(vocab, _BLOCK)
         self._parts = torch.empty(max_rows, self._blocks, 4, device=device)
         self._indices = torch.empty(max_rows, self._blocks, dtype=torch.int32, device=device)
-        self.tokens = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self.picks = torch.zeros(2, max_rows, dtype=torch.int32, device=device)
+        """The most probable token of each row, and what others put beside it, so that both are read at once."""
+        self.tokens = self.picks[0]
         self.evidence = torch.zeros(max_rows, 3, device=device)
         """Largest probability, entropy in nats, largest less second-largest probability."""
 
@@ -188,13 +204,30 @@ def advance(
     history: torch.Tensor,
     evidence_history: torch.Tensor,
     rows: int,
-    source: int,
+    *,
+    drawer: Any = None,
+    gather: bool = False,
     grow: bool,
 ) -> None:
-    """Feed each row of `layout` the best token of row `source` + its own next.
+    """Feed each row of `layout` its best token, or what `drawer` drew for it.
 
-    line: [1] int32, where the histories [lines, MAX_ROWS] and [lines, MAX_ROWS, 3] (of the host, pinned) are written next.
+    line: [1] int32, where the histories [lines, MAX_ROWS] and [lines, MAX_ROWS, 4] (of the host, pinned) are written next.
+    gather: best tokens and evidence are those of the rows `layout.sources` of the forward.
     """
     lines, width = history.shape
+    drawn, chances = (best.tokens, best.evidence) if drawer is None else (drawer.tokens, drawer.chances)
     outputs = (layout.tokens, layout.lengths, line, history, evidence_history)
-    _advance[(1,)](best.tokens, best.evidence, *outputs, source, rows, RING=lines, ROWS=width, GROW=grow, num_warps=2)
+    _advance[(1,)](
+        drawn,
+        best.evidence,
+        chances,
+        layout.sources,
+        *outputs,
+        rows,
+        RING=lines,
+        ROWS=width,
+        GATHER=gather,
+        DRAWN=drawer is not None,
+        GROW=grow,
+        num_warps=2,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from paceline.errors import ModelError, OptionError, ResourceError
-from paceline.execution.base import DecodedToken, ForwardOutput, Runner, RunnerInfo, Segment, SequenceHandle, prefill
+from paceline.execution.base import DecodedToken, Decoding, ForwardOutput, Runner, RunnerInfo, Segment, SequenceHandle
 from paceline.execution.cuda.capture import (
     GENERAL_ROWS,
     ROW_BUCKETS,
@@ -23,6 +22,7 @@ from paceline.execution.cuda.capture import (
     bucket,
     check,
     chunk_size,
+    for_steps,
     general,
     num_blocks,
     power_of_two,
@@ -33,7 +33,8 @@ from paceline.execution.cuda.linears import MAX_ROWS, Tuning
 from paceline.execution.cuda.memory import GIB, Budget, make_room, plan, register, unregister
 from paceline.execution.cuda.packing import FORMATS
 from paceline.execution.cuda.paging import PAGE, PagedCache, PagedSequence
-from paceline.execution.cuda.stepping import Stepping, Steps, reference_steps
+from paceline.execution.cuda.stepping import Stepping, Steps, decode, prepared, reference_steps
+from paceline.execution.draws import DrawLaw, draw_rows
 from paceline.execution.structure import describe_structure, merged_weights
 from paceline.models.base import ModelSource
 
@@ -53,7 +54,7 @@ _CACHE_SHARE = 0.5
 class CudaRunner(Runner):
     """Runs Llama-like models in `bf16`, `int8`, `fp8` or `int4`. A row's logits have the same bits in any batch, chain or tree."""
 
-    decodes_ahead = True
+    decodes_ahead = draws_rows = True
 
     @staticmethod
     def unsupported_reason(source: ModelSource, precision: str) -> str | None:
@@ -142,7 +143,7 @@ class CudaRunner(Runner):
         spec, decoder = self._spec, self._decoder
         page_bytes = 2 * spec.layers * spec.kv_heads * PAGE * spec.head_dim * 2
         chunks = self._grid_chunks(limit)
-        buffers = 4 * MAX_ROWS * (spec.heads * chunks * (spec.head_dim + 2) + decoder.logits.shape[1])
+        buffers = 4 * MAX_ROWS * (spec.heads * chunks * (spec.head_dim + 2) + decoder.logits.shape[1] + 2 * spec.vocab)
         weights = decoder.weight_bytes + decoder.embedding.numel() * 2 + decoder.rotary.numel() * 4
         full = -(-limit // PAGE)
         shared = int((free - weights - buffers) * _CACHE_SHARE) // page_bytes
@@ -152,9 +153,11 @@ class CudaRunner(Runner):
         self._layout = Layout(self._cache.tables, spec.heads, spec.head_dim, chunks if self._captures else 1)
         self._best: Any = None
         if self._captures:
+            from paceline.execution.cuda.drawing import Drawer
             from paceline.execution.cuda.fused import BestToken
 
             self._best = BestToken(MAX_ROWS, spec.vocab, self._device)
+            self._drawer = Drawer(MAX_ROWS, spec.vocab, self._device, self._best.picks[1])
         return budget
 
     # ---------- the contract ----------
@@ -198,58 +201,65 @@ class CudaRunner(Runner):
         if len(parts) == 1:
             return parts[0]
         hidden = torch.cat([p.hidden for p in parts if p.hidden is not None]) if want_hidden else None
-        known = [p.best for p in parts if p.best is not None]
-        best = [token for tokens in known for token in tokens] if len(known) == len(parts) else None
-        return ForwardOutput(torch.cat([p.logits for p in parts]), hidden, best)
+        best = _joined([p.best for p in parts])
+        draws = any(p.drawn is not None for p in parts)
+        drawn = _joined([p.best if p.drawn is None else p.drawn for p in parts]) if draws else None
+        return ForwardOutput(torch.cat([p.logits for p in parts]), hidden, best, drawn)
 
-    def decode_ahead(
-        self, sequence: SequenceHandle, feed: Sequence[int], most: int, keep_on: Callable[[DecodedToken], bool]
-    ) -> list[DecodedToken]:
-        """See `Runner.decode_ahead`. The device decodes a token while the host reads the one before."""
-        own = self._own(sequence)
-        if most < 1:
-            raise OptionError(f"most = {most}: must be at least 1")
-        check([Segment(own, feed)], self._spec.vocab)
-        if len(feed) > MAX_ROWS:
-            prefill(self, own, feed[:-1])
-            feed = feed[-1:]
+    def decode_ahead(self, jobs: Sequence[Decoding]) -> list[list[DecodedToken]]:
+        """See `Runner.decode_ahead`. The device decodes tokens while the host reads those before."""
+        own = [self._own(job.sequence) for job in jobs]
+        feeds, most = prepared(self, jobs, self.info.max_context)
         self._bring_back()
-        start, decoded, issued, going = own.committed, list[DecodedToken](), 1, True
-        issue, read = self._begin_steps(own, feed, most) if self._captures else reference_steps(self, own, feed)
-        while len(decoded) < issued:
-            if going and issued < most:
-                issue()
-                issued += 1
-            token = read()
-            if token.token < 0:  # logits that are not finite
-                break
-            decoded.append(token)
-            going = going and keep_on(token)
-        self._cache.keep(own, start + len(feed) + max(0, len(decoded) - 1))
+        ends = [sequence.committed + len(feed) for sequence, feed in zip(own, feeds, strict=True)]
+        stepping = self._begin_steps(jobs, own, feeds, most) if self._captures else reference_steps(self, jobs, feeds)
+        decoded = decode(jobs, most, stepping)
+        for sequence, end, tokens in zip(own, ends, decoded, strict=True):
+            self._cache.keep(sequence, end + max(0, len(tokens) - 1))
         return decoded
 
-    def _begin_steps(self, own: PagedSequence, feed: Sequence[int], most: int) -> Stepping:
-        """Issue the first step; returns what issues another one, and what waits for the next one's token."""
+    def _begin_steps(
+        self, jobs: Sequence[Decoding], own: Sequence[PagedSequence], feeds: Sequence[Sequence[int]], most: int
+    ) -> Stepping:
+        """Issue the first step; returns what issues another one, and what waits for the next one's tokens."""
         steps = self._make_steps()
         with torch.inference_mode(), self._here():
-            self._cache.stage(own, len(feed) + most - 1)
-            first = Rows(own.slot, own.committed, feed, None)
-            later = Rows(own.slot, own.committed + len(feed), feed[:1], None)
-            step = self._shape([later], longest=later.length + most)
-            key, run = ("steps", step), partial(self._step, steps, step)
-            if self._graphs.prepare(key, run, steps.layout.clear):
-                steps.restart()
-            steps.layout.fill([later], step)
-            self._replay([first])
-            steps.advance(self._best, 1, source=len(feed) - 1, grow=False)
-            lines = deque([steps.issued()])
+            first, later = list[Rows](), list[Rows]()
+            sources: list[int] = []
+            for sequence, feed in zip(own, feeds, strict=True):
+                self._cache.stage(sequence, len(feed) + most - 1)
+                first.append(Rows(sequence.slot, sequence.committed, feed, None))
+                later.append(Rows(sequence.slot, sequence.committed + len(feed), feed[:1], None))
+                sources.append((sources[-1] if sources else -1) + len(feed))
+            drawn = any(job.law is not None for job in jobs)
+            step = for_steps(self._shape(later, longest=max(rows.length for rows in later) + most))
+            key = self._prepare_step(step, drawn)
+            steps.describe(jobs)
+            steps.layout.fill(later, step, sources)
+            self._replay(first)
+            steps.advance(self._decoder.logits, self._best, len(jobs), drawn=drawn, first=True)
+            steps.issued()
 
         def issue() -> None:
             with self._here():
                 self._graphs.again(key)
-                lines.append(steps.issued())
+                steps.issued()
 
-        return issue, lambda: steps.read(lines.popleft())
+        return issue, lambda: steps.read(len(jobs))
+
+    def _prepare_step(self, shape: Shape, drawn: bool) -> object:
+        """Capture a forward whose tokens are the next one's input, unless that was done; returns its key."""
+        steps, key = self._make_steps(), ("drawn steps" if drawn else "steps", shape)
+
+        def run() -> None:
+            self._decoder.kernels(steps.layout, self._cache, shape, self._best)
+            steps.advance(self._decoder.logits, self._best, shape.rows, drawn=drawn)
+
+        if drawn:
+            steps.make_drawer()  # no memory may be asked for during a capture
+        if self._graphs.prepare(key, run, steps.layout.clear):
+            steps.restart()
+        return key
 
     def offload(self) -> int:
         """Move the weights to the host's memory and return their bytes; keys and values stay. The next forward brings them back.
@@ -307,7 +317,8 @@ class CudaRunner(Runner):
             if not self._takes_pieces(first):
                 sequence = self._own(first.sequence)
                 logits, hidden = self._decoder.dense(first.tokens, sequence, self._cache, first.parents, _wanted(first))
-                return ForwardOutput(logits, hidden if want_hidden else None)
+                drawn = draw_rows(logits, first.draws, _wanted(first)) if first.draws is not None else None
+                return ForwardOutput(logits, hidden if want_hidden else None, drawn=drawn)
             offset = self._feed_pieces(first)
         batch = [self._rows(segment, offset) for segment in segments]
         self._replay(batch)
@@ -319,12 +330,28 @@ class CudaRunner(Runner):
             start = end
         logits = self._decoder.logits[:start, : self._spec.vocab]
         states = self._decoder.hidden(start) if want_hidden else None
-        best = self._best.tokens[:start].tolist() if rows else []  # waits for the device
+        draws = self._draw(segments, start) if rows else False
+        best, drawn = self._best.picks.tolist() if rows else ([], [])  # waits for the device
+        best, drawn = best[:start], drawn[:start]
         if len(rows) < start:
             index = torch.tensor(rows, dtype=torch.int64, device=self._device)
-            logits, best = logits[index], [best[row] for row in rows]
+            logits, best, drawn = logits[index], [best[row] for row in rows], [drawn[row] for row in rows if draws]
             states = states[index] if states is not None else None
-        return ForwardOutput(logits.clone() if keep else logits, states, best)
+        return ForwardOutput(logits.clone() if keep else logits, states, best, drawn if draws else None)
+
+    def _draw(self, segments: Sequence[Segment], rows: int) -> bool:
+        """Launch the draws that segments ask for; returns whether any does."""
+        if all(segment.draws is None for segment in segments):
+            return False
+        laws: list[DrawLaw | None] = []
+        numbers: list[int] = []
+        for segment in segments:
+            count, draws = len(segment.tokens), segment.draws
+            laws += [draws.law if draws is not None else None] * count
+            numbers += draws.numbers if draws is not None else [0] * count
+        self._drawer.describe(laws[-rows:], numbers[-rows:])
+        self._drawer.launch(self._decoder.logits, self._best.tokens, rows)
+        return True
 
     def _takes_pieces(self, segment: Segment) -> bool:
         """Whether the kernels, 64 rows at a time, are faster for a chain than the library, which needs all weights unpacked."""
@@ -375,9 +402,7 @@ class CudaRunner(Runner):
             usual = [self._shape([Rows(0, 0, range(rows), None)]) for rows in ROW_BUCKETS if rows <= _USUAL_ROWS]
             for shape in usual + [general(replace(usual[0], rows=rows), self._long_block()) for rows in GENERAL_ROWS]:
                 self._graphs.prepare(shape, self._kernels(shape), self._layout.clear)
-            steps = self._make_steps()
-            self._graphs.prepare(("steps", usual[0]), partial(self._step, steps, usual[0]), steps.layout.clear)
-            steps.restart()
+            self._prepare_step(usual[0], drawn=False)
 
     def _kernels(self, shape: Shape) -> Callable[[], None]:
         """What a graph of a shape holds."""
@@ -398,13 +423,8 @@ class CudaRunner(Runner):
 
     def _make_steps(self) -> Steps:
         if self._steps is None:
-            self._steps = Steps(self._layout)
+            self._steps = Steps(self._layout, self._spec.vocab)
         return self._steps
-
-    def _step(self, steps: Steps, shape: Shape) -> None:
-        """A forward whose best tokens are the next step's input (to be captured)."""
-        self._decoder.kernels(steps.layout, self._cache, shape, self._best)
-        steps.advance(self._best, shape.rows)
 
     # ---------- checks ----------
 
@@ -419,6 +439,12 @@ class CudaRunner(Runner):
 
 def _wanted(segment: Segment) -> int:
     return len(segment.tokens) if segment.num_logits is None else segment.num_logits
+
+
+def _joined(parts: Sequence[list[int] | None]) -> list[int] | None:
+    """Lists one after another; None where one is missing."""
+    known = [part for part in parts if part is not None]
+    return [token for part in known for token in part] if len(known) == len(parts) else None
 
 
 def _missing_part() -> str | None:

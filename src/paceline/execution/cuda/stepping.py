@@ -1,22 +1,29 @@
-"""Greedy decoding whose tokens stay on the device from one step to the next, while the host reads along (ours).
+"""Decoding whose tokens stay on the device from one step to the next, while the host reads along (ours).
 
-A captured step ends with its best token as the input of the next one, and with a line of token and evidence in memory of the host
-that the device writes to. The host waits for a line, not for the device: the next step runs on meanwhile.
+A captured step ends with a token of each sequence as the input of the next one, and with a line of tokens and evidence in memory of
+the host that the device writes to. The host waits for a line, not for the device: the next step runs on meanwhile. Random numbers
+are functions of seed and position, so those of all steps are sent ahead.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.execution.base import DecodedToken, Runner, Segment, SequenceHandle
-from paceline.execution.cuda.capture import Layout
+from paceline.errors import OptionError
+from paceline.execution.base import DecodedToken, Decoding, Runner, Segment, prefill
+from paceline.execution.cuda.capture import Layout, check
 from paceline.execution.cuda.linears import MAX_ROWS
+from paceline.execution.draws import draw_from, row_weights
 
-Stepping = tuple[Callable[[], None], Callable[[], DecodedToken]]
-"""What issues another step, and what waits for the token of the next one in turn."""
+if TYPE_CHECKING:
+    from paceline.execution.cuda.drawing import Drawer
+
+Stepping = tuple[Callable[[], None], Callable[[], list[DecodedToken]]]
+"""What issues another step, and what waits for the tokens of the next one in turn."""
 RING = 256
 """Lines that the device writes round and round; far more than steps under way."""
 
@@ -24,54 +31,130 @@ RING = 256
 class Steps:
     """Inputs of captured steps of up to 64 sequences, and what they decoded."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, vocab: int) -> None:
         """layout: of ordinary forwards, which shares its scratch memory with the steps."""
         device = layout.tables.device
         self.layout = layout.twin()
         self._line = torch.zeros(1, dtype=torch.int32, device=device)
         self._tokens = torch.zeros(RING, MAX_ROWS, dtype=torch.int32, pin_memory=True)
-        self._evidence = torch.zeros(RING, MAX_ROWS, 3, pin_memory=True)
+        self._evidence = torch.zeros(RING, MAX_ROWS, 4, pin_memory=True)
         self._written: list[Any] = [torch.cuda.Event() for _ in range(RING)]  # type: ignore[no-untyped-call]
         self._issued = 0
+        self._vocab = vocab
+        self._drawer: Drawer | None = None
+        self._lines: deque[int] = deque()
 
-    def advance(self, best: Any, rows: int, *, source: int = 0, grow: bool = True) -> None:
-        """Launch what ends a step: best tokens of the rows from `source` on become the next inputs, and a line is written.
+    def describe(self, jobs: Sequence[Decoding]) -> bool:
+        """Send laws and random numbers of the coming steps; returns whether any sequence draws."""
+        if all(job.law is None for job in jobs):
+            return False
+        self.make_drawer().describe([job.law for job in jobs])
+        self.make_drawer().send([job.numbers if job.law is not None else () for job in jobs], self._issued % RING)
+        return True
 
-        grow: the inputs of this step are now in the cache as well.
+    def make_drawer(self) -> Drawer:
+        """What draws at the end of steps; made when it is first needed."""
+        if self._drawer is None:
+            from paceline.execution.cuda.drawing import Drawer
+
+            device = self.layout.tables.device
+            tokens = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
+            self._drawer = Drawer(MAX_ROWS, self._vocab, device, tokens, RING)
+        return self._drawer
+
+    def advance(self, logits: torch.Tensor, best: Any, rows: int, *, drawn: bool, first: bool = False) -> None:
+        """Launch what ends a step: tokens of its rows become the next inputs, and a line is written.
+
+        first: the forward was one over what is fed, and the rows of interest are `layout.sources`.
         """
         from paceline.execution.cuda.fused import advance
 
-        advance(best, self.layout, self._line, self._tokens, self._evidence, rows, source, grow)
+        drawer = self.make_drawer() if drawn else None
+        if drawer is not None:
+            drawer.launch(logits, best.tokens, rows, self._line, self.layout.sources if first else None)
+        advance(best, self.layout, self._line, self._tokens, self._evidence, rows, drawer=drawer, gather=first, grow=not first)
 
-    def issued(self) -> int:
-        """Call behind each step on the stream; returns the line that it will write."""
+    def issued(self) -> None:
+        """Call behind each step on the stream."""
         line = self._issued % RING
         self._written[line].record()
         self._issued += 1
-        return line
+        self._lines.append(line)
 
     def restart(self) -> None:
         """Forget steps that ran for nothing but a capture: the device counts lines, too."""
         self._line.fill_(self._issued % RING)
 
-    def read(self, line: int, row: int = 0) -> DecodedToken:
-        """What a step decoded; waits for it."""
+    def read(self, count: int) -> list[DecodedToken]:
+        """What the oldest step that was not read decoded for each of `count` sequences; waits for it."""
+        line = self._lines.popleft()
         self._written[line].synchronize()
-        largest, entropy, margin = self._evidence[line, row].tolist()
-        return DecodedToken(int(self._tokens[line, row]), largest, entropy, margin)
+        rows = zip(self._tokens[line, :count].tolist(), self._evidence[line, :count].tolist(), strict=True)
+        return [DecodedToken(token, *evidence) for token, evidence in rows]
 
 
-def reference_steps(runner: Runner, sequence: SequenceHandle, feed: Sequence[int]) -> Stepping:
+def prepared(runner: Runner, jobs: Sequence[Decoding], max_context: int) -> tuple[list[list[int]], int]:
+    """Checks jobs and feeds what is too long for one forward; returns what is left to feed to each, and the number of steps.
+
+    A sequence that ends early runs along with the others, so all have room for every step. Raises OptionError, ResourceError.
+    """
+    for job in jobs:
+        if job.most < 1 or (job.law is not None and len(job.numbers) < job.most):
+            raise OptionError(f"most = {job.most}: must be at least 1, with a random number for each token that is drawn")
+    check([Segment(job.sequence, job.feed) for job in jobs], runner.info.vocab_size)
+    feeds = [list(job.feed) for job in jobs]
+    while sum(map(len, feeds)) > MAX_ROWS:
+        longest = max(range(len(feeds)), key=lambda i: len(feeds[i]))
+        prefill(runner, jobs[longest].sequence, feeds[longest][:-1])
+        feeds[longest] = feeds[longest][-1:]
+    room = min(max_context - job.sequence.length - len(feed) + 1 for job, feed in zip(jobs, feeds, strict=True))
+    return feeds, max(1, min(max(job.most for job in jobs), room))
+
+
+def decode(jobs: Sequence[Decoding], most: int, stepping: Stepping) -> list[list[DecodedToken]]:
+    """Issue steps and read their tokens until no sequence wants more; see `Runner.decode_ahead`."""
+    issue, read = stepping
+    limits, going = [min(job.most, most) for job in jobs], [True] * len(jobs)
+    decoded: list[list[DecodedToken]] = [[] for _ in jobs]
+    issued, seen = 1, 0
+    while seen < issued:
+        if issued < most and any(going):
+            issue()
+            issued += 1
+        tokens = read()
+        seen += 1
+        for i, (job, token) in enumerate(zip(jobs, tokens, strict=True)):
+            if len(decoded[i]) >= limits[i]:
+                continue
+            if token.token < 0:  # logits that are not finite
+                limits[i], going[i] = len(decoded[i]), False
+                continue
+            decoded[i].append(token)
+            if going[i] and (not job.keep_on(token) or len(decoded[i]) >= limits[i]):
+                going[i], limits[i] = False, min(limits[i], issued)
+    return decoded
+
+
+def reference_steps(runner: Runner, jobs: Sequence[Decoding], feeds: Sequence[Sequence[int]]) -> Stepping:
     """What captured steps must equal: the same through single forwards, each when it is read. Commits what it feeds."""
-    pending = list(feed)
+    pending, step = [list(feed) for feed in feeds], 0
 
-    def read() -> DecodedToken:
-        nonlocal pending
-        logits = runner.forward([Segment(sequence, pending, num_logits=1)]).logits[0]
-        runner.accept(sequence, range(len(pending)))
-        probs = torch.softmax(logits, -1)
-        largest, second = probs.topk(2).values.tolist()
-        pending = [int(probs.argmax())]
-        return DecodedToken(pending[0], largest, float(torch.special.entr(probs).sum()), largest - second)
+    def read() -> list[DecodedToken]:
+        nonlocal step
+        found = []
+        for i, job in enumerate(jobs):
+            logits = runner.forward([Segment(job.sequence, pending[i], num_logits=1)]).logits[0]
+            runner.accept(job.sequence, range(len(pending[i])))
+            probs = torch.softmax(logits, -1)
+            largest, second = probs.topk(2).values.tolist()
+            token, chance = int(probs.argmax()), largest
+            if job.law is not None and step < len(job.numbers):
+                weights = row_weights(logits, job.law)
+                token = draw_from(weights, job.numbers[step])
+                chance = float(weights[token] / weights.sum())
+            pending[i] = [token]
+            found.append(DecodedToken(token, largest, float(torch.special.entr(probs).sum()), largest - second, chance))
+        step += 1
+        return found
 
     return lambda: None, read
