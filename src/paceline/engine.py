@@ -225,8 +225,8 @@ class Engine:
         waiting: dict[str, list[tuple[Round, DraftJob]]] = {}
         together = {d.name: d for d in self.drafters if d.drafts_together} if len(requests) > 1 else {}
         rows = 0
-        for request in requests:
-            step = request.plan(controller, self.speculation.max_draft_tokens, len(requests), rows)
+        for later, request in zip(reversed(range(len(requests))), requests, strict=True):
+            step = request.plan(controller, self.speculation.max_draft_tokens, len(requests), rows + later)
             steps.append(step)
             job, name = request.job(step, controller), step.plan.drafter or ""
             if job is not None and name in together:

@@ -26,7 +26,7 @@ class RoundContext:
     """One for each drafter, in the user's order of preference; empty when nothing can draft."""
     batch_size: int = 1
     other_rows: int = 0
-    """Rows that the other sequences have already put into this round's forward."""
+    """Rows that the other sequences bring to this round's forward: their drafts so far, and a row for each that comes later."""
     task: str = ""
     """Tag of similar requests that share what was learnt."""
     remaining: int = 64

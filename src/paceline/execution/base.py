@@ -170,6 +170,9 @@ class Runner(ABC):
         """
         raise NotImplementedError(f"the {self.info.backend} backend decodes token by token")
 
+    rows_at_once: int | None = None
+    """Rows beyond which a forward over several sequences is done in several passes, each at the price of a forward; None: never."""
+
     draws_rows: bool = False
     """Whether `forward` draws tokens (`Segment.draws`)."""
 

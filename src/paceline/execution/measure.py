@@ -64,7 +64,19 @@ def measure_costs(
             grid[context] = stepper.sweep(rows, clock() + share * (1 - _PREFILL_SHARE))
     finally:
         runner.close(sequence)
-    return CostTable(rows=list(rows), contexts=list(grid), verify=_monotone(list(grid.values())))
+    table = CostTable(rows=list(rows), contexts=list(grid), verify=_monotone(list(grid.values())))
+    return table if runner.rows_at_once is None else _in_passes(table, runner.rows_at_once)
+
+
+def _in_passes(table: CostTable, most: int) -> CostTable:
+    """The table up to two passes of `most` rows, the second of which begins one row behind the first."""
+
+    def seconds(rows: int, context: int) -> float:
+        passes, rest = divmod(rows, most)
+        return passes * table.t_verify(most, context) + (table.t_verify(rest, context) if rest else 0.0)
+
+    rows = [*(n for n in table.rows if n < most), most, most + 1, 2 * most]
+    return CostTable(rows, table.contexts, [[seconds(n, context) for n in rows] for context in table.contexts])
 
 
 def _affordable(rows: list[int], seconds: float, step: float) -> list[int]:

@@ -36,8 +36,8 @@ class MatchRule(Rule):
         children = child_lists(draft)
         labels = []
         for row in (0, *(node + 1 for node in path)):
-            probs = target.probs(row)
             offered = {draft.tokens[child] for child in children[row]}
             if offered:
+                probs = target.probs(row)
                 labels.append(min(1.0, sum(float(probs[token]) for token in offered if token < probs.numel())))
         return tuple(labels)

@@ -25,7 +25,8 @@ class Sequence:
 class TimedRunner(Runner):
     """Its forwards take a prescribed time of a clock, and it checks that every pass is taken back."""
 
-    def __init__(self, clock, seconds, max_context=10_000, **info):
+    def __init__(self, clock, seconds, max_context=10_000, rows_at_once=None, **info):
+        self.rows_at_once = rows_at_once
         self.clock, self.seconds, self.staged, self.closed, self.rows = clock, seconds, 0, False, []
         self.info = RunnerInfo("timed", "fp32", "cpu", 97, max_context, 1, **info)
 
@@ -71,6 +72,17 @@ def test_a_fast_machine_gives_its_own_curve():
         for context in (64, 500, 4096):
             assert table.t_verify(rows, context) == pytest.approx(seconds(rows, context), rel=1e-6)
     assert taken < 3.0
+
+
+def test_rows_that_take_a_second_pass_cost_a_second_pass():
+    def seconds(rows, context):
+        return 1e-3 * (1 + rows / 100)
+
+    table, _, _ = run(seconds, rows_at_once=64)
+    assert table.rows[-3:] == [64, 65, 128]
+    assert table.t_verify(64, 100) == pytest.approx(seconds(64, 100), rel=1e-6)
+    assert table.t_verify(65, 100) == pytest.approx(seconds(64, 100) + seconds(1, 100), rel=1e-6)
+    assert table.t_verify(128, 100) == pytest.approx(2 * seconds(64, 100), rel=1e-6)
 
 
 def test_a_slow_machine_measures_less_and_stays_bounded():

@@ -55,6 +55,7 @@ class CudaRunner(Runner):
     """Runs Llama-like models in `bf16`, `int8`, `fp8` or `int4`. A row's logits have the same bits in any batch, chain or tree."""
 
     decodes_ahead = draws_rows = True
+    rows_at_once = MAX_ROWS
 
     @staticmethod
     def unsupported_reason(source: ModelSource, precision: str) -> str | None:
