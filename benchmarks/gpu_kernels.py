@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from gpu_document import GIB, begin
 
-from paceline.execution.base import Segment
+from paceline.execution.base import Decoding, Segment
 from paceline.execution.cuda.linears import PackedLinear, Tuning
 from paceline.execution.cuda.runner import CudaRunner
 from paceline.models.base import ModelSource, Tokenizer
@@ -224,7 +224,7 @@ def host_gap(runner: CudaRunner, sequence: Any, context: int, graph_ms: float, c
         runner.truncate(sequence, context)
         torch.cuda.synchronize()
         start = time.perf_counter()
-        runner.decode_ahead(sequence, [5], count, lambda _: True)
+        runner.decode_ahead([Decoding(sequence, [5], count, lambda _: True)])
         bursts.append(1e3 * (time.perf_counter() - start) / count)
     runner.truncate(sequence, context)
     step, burst = statistics.median(times), statistics.median(bursts)

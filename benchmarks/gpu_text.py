@@ -22,7 +22,7 @@ from paceline.drafting.base import Drafter
 from paceline.drafting.model import ModelDrafter
 from paceline.drafting.ngram import NgramDrafter
 from paceline.engine import Engine
-from paceline.execution.base import prefill
+from paceline.execution.base import Decoding, prefill
 from paceline.execution.cuda.runner import CudaRunner
 from paceline.execution.measure import measure_costs
 from paceline.models.base import ModelSource, Tokenizer
@@ -129,7 +129,7 @@ def draft_cost(runner: CudaRunner, tokens: int = 8, fed: int = 256) -> DraftCost
         torch.cuda.synchronize()
         feeding.append((time.perf_counter() - start) / fed)
         start = time.perf_counter()
-        runner.decode_ahead(sequence, [5], tokens, lambda _: True)
+        runner.decode_ahead([Decoding(sequence, [5], tokens, lambda _: True)])
         drafting.append((time.perf_counter() - start) / tokens)
     runner.close(sequence)
     return DraftCost(per_token=statistics.median(drafting), per_catch_up=statistics.median(feeding))
