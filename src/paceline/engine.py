@@ -22,13 +22,14 @@ from paceline.execution.base import Runner, prefill
 from paceline.execution.threads import torch_threads
 from paceline.models.base import ModelSource, Tokenizer
 from paceline.models.cachedir import write_json_atomic
-from paceline.records import GenerationResult, Round
+from paceline.records import GenerationResult, Plan, Round
 from paceline.request import Request, StreamEvent
 from paceline.sampling import check_token_ids, resolve_seed
 
 __all__ = ["Engine", "StreamEvent"]
 
 Prompt = str | Sequence[int]
+_NOT_TOGETHER = Plan(None, 0, "plain: the drafts of the batch would not pay together")
 MAX_BATCH = 32
 """Sequences that are decoded together; more prompts wait their turn."""
 
@@ -222,7 +223,7 @@ class Engine:
     def _draft(self, requests: Sequence[Request], controller: Controller) -> tuple[list[Round], int]:
         """Plans and drafts of a round, and the rows of its forward. Drafters that can draft for all sequences at once do so."""
         steps: list[Round] = []
-        waiting: dict[str, list[tuple[Round, DraftJob]]] = {}
+        waiting: dict[str, list[tuple[Request, Round, DraftJob]]] = {}
         together = {d.name: d for d in self.drafters if d.drafts_together} if len(requests) > 1 else {}
         rows = 0
         for later, request in zip(reversed(range(len(requests))), requests, strict=True):
@@ -230,7 +231,7 @@ class Engine:
             steps.append(step)
             job, name = request.job(step, controller), step.plan.drafter or ""
             if job is not None and name in together:
-                waiting.setdefault(name, []).append((step, job))
+                waiting.setdefault(name, []).append((request, step, job))
                 # How many it will be is not known yet: about as many as it expects to emit.
                 rows += 1 + min(step.plan.num_draft, max(1, round(step.plan.expected_emitted)))
                 continue
@@ -239,11 +240,15 @@ class Engine:
                 step.draft = job.session.propose(job.num_tokens, job.keep_drafting)
                 step.draft_seconds += perf_counter() - started
             rows += len(step.draft) + 1
-        for name, pairs in waiting.items():
+        for name, joined in waiting.items():
             started = perf_counter()
-            drafts = together[name].propose_together([job for _, job in pairs])
+            if not controller.agree([request.id for request, _, _ in joined]):
+                for _, step, _ in joined:
+                    step.plan = _NOT_TOGETHER
+                continue
+            drafts = together[name].propose_together([job for _, _, job in joined])
             seconds = perf_counter() - started
-            for (step, _), draft in zip(pairs, drafts, strict=True):
+            for (_, step, _), draft in zip(joined, drafts, strict=True):
                 step.draft = draft
                 step.draft_seconds += seconds
         return steps, sum(len(step.draft) + 1 for step in steps)

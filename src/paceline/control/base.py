@@ -7,6 +7,7 @@ an unverified position: no signature here could carry it. Plain Python, no torch
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,11 @@ class Controller(ABC):
         A shortcut for the caller; `plan` decides the same where it was not asked.
         """
         return None
+
+    def agree(self, request_ids: Sequence[int]) -> bool:
+        """Asked once a batch is planned, of those sequences whose drafts would be made together, in shared steps: shall they be?
+        If not, their rounds are plain."""
+        return True
 
     def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
         """Asked after each drawn token, which stays in the draft: shall another one follow?"""

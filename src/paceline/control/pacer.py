@@ -8,6 +8,7 @@ Prices are expected tokens over expected seconds for every length, from learnt c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
@@ -105,6 +106,13 @@ class _Running:
     price: float
     """Tokens a second that the stop rule asks for; 0: draft all that was planned."""
     survival: float = 1.0
+    probe: bool = False
+    seconds: float = 0.0
+    """What its draft takes if no other sequence drafts along."""
+    paid: float = 0.0
+    """The part of that which its offer was charged with."""
+    tokens_per_second: float = 0.0
+    """Price of time in a batch."""
 
 
 class Pacer(Controller):
@@ -122,6 +130,8 @@ class Pacer(Controller):
         self._probes = ProbeSchedule()
         self._lanes: dict[tuple[str, int], _Lane] = {}
         self._running: dict[int, _Running] = {}
+        self._resting: dict[int, int] = {}
+        """Token count until which a request of a batch, for which nothing paid clearly enough, is not priced again."""
         self._read: set[str] = set()
         """Drafters that were lent the time to read a prompt."""
         self._widths: dict[str, float] = {}
@@ -144,6 +154,8 @@ class Pacer(Controller):
             return _NOTHING
         if (unseen := self.plan_unseen(context.task, context.batch_size)) is not None:
             return unseen
+        if self._tokens < self._resting.get(context.request_id, 0):
+            return _RESTING
         # Deciding has a price, too: what clearly did not pay is left alone for some tokens.
         known = self._lanes.get((context.task, rows_bucket(context.batch_size)))
         if known is not None:
@@ -170,11 +182,27 @@ class Pacer(Controller):
                 lane.rests[(offer.outlook.drafter, offer.outlook.signal)] = self._tokens + _REST
         if pays:
             return self._grant(context, best, plain, lane, best.num_draft, probe=False)
+        if context.batch_size > 1 and best.merit < _CLEARLY_NOT:
+            self._resting[context.request_id] = self._tokens + _REST * context.batch_size
         return Plan(None, 0, self._why_plain(best, plain), 1.0, plain)
 
     def _needs_plain(self, batch: int) -> bool:
         """Whether the price of a plain step, by which the bank charges rounds, must be seen: at once where the bank runs short."""
         return (self._tokens >= _TRIAL or self._bank.is_short) and not self._costs.knows_plain(batch)
+
+    def agree(self, request_ids: Sequence[int]) -> bool:
+        """Each offer was charged with its share of steps that all take; whether those who take them pay for them shows now."""
+        running = [self._running[request_id] for request_id in request_ids if request_id in self._running]
+        if all(one.probe for one in running):
+            return True
+        unpaid = max(one.seconds for one in running) - sum(one.paid for one in running)
+        gain = sum(one.offer.merit - 1.0 for one in running if not one.probe)
+        if gain > max(unpaid, 0.0) * running[0].tokens_per_second:
+            return True
+        for request_id in request_ids:
+            self._running.pop(request_id, None)
+            self._resting[request_id] = self._tokens + _REST * len(request_ids)
+        return False
 
     def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
         running = self._running.get(request_id)
@@ -236,6 +264,7 @@ class Pacer(Controller):
     def finish(self, request_id: int) -> None:
         self._acceptance.forget(request_id)
         self._running.pop(request_id, None)
+        self._resting.pop(request_id, None)
 
     def explain(self) -> None:
         self.options = replace(self.options, explain=True)
@@ -341,7 +370,12 @@ class Pacer(Controller):
         price = 0.0
         if stops:
             price = max(offer.merit, 1.0) / plain if _alone(context) else _batch_price(context, plain, lane)
-        self._running[context.request_id] = _Running(offer, price)
+        line = self._costs.line(drafter)
+        own = line.fixed + line.per_token * expected
+        running = self._running[context.request_id] = _Running(offer, price, probe=probe, seconds=own, paid=own)
+        if not _alone(context):
+            running.paid *= self._costs.overlap.share(context.batch_size)
+            running.tokens_per_second = _batch_price(context, plain, lane)
         seconds = offer.seconds[expected]
         return Plan(drafter, num_draft, self._why_draft(num_draft, emitted, seconds / plain, probe), emitted, seconds, probe)
 

@@ -15,7 +15,6 @@ _NUM_BUCKETS = _EXACT_ROWS + 17
 _CONTEXT_SHIFT = 7
 _OUTLIER = 3.0
 _SLOWEST_RATE = 0.1
-_TOGETHER_RATE = 0.2
 _NEWS = 0.02
 _OTHER_MACHINE = 0.08
 """Relative change of forwards since the last plain step from which its price may be out of date."""
@@ -219,19 +218,17 @@ class Line:
 class Overlap:
     """Whether the drafts of a batch are made one after another or together, from rounds in which several drafted."""
 
-    __slots__ = ("_drafting", "_rounds", "_seconds", "_seen", "_together", "serial")
+    __slots__ = ("_drafting", "_rounds", "_seconds", "_seen", "serial")
 
     def __init__(self) -> None:
         self.serial = 0.5
         """1: one after another; 0: together, in the time of one."""
         self._rounds = self._seen = self._drafting = 0
         self._seconds = 0.0
-        self._together: dict[int, float] = {}
-        """Sequences that drafted in a round in which any did, for each batch size: time is shared by those, not by the batch."""
 
     def share(self, batch: int) -> float:
         """The part of its own drafting time that a request adds to a batched round."""
-        return self.serial + (1.0 - self.serial) / min(self._together.get(batch, batch), batch)
+        return self.serial + (1.0 - self.serial) / batch
 
     def observe(self, batch: int, draft_seconds: float, host_seconds: float) -> None:
         """Count one of the `batch` records of a round. host_seconds: of the whole round, outside the forward."""
@@ -240,9 +237,6 @@ class Overlap:
         self._seconds += draft_seconds
         if self._seen < batch:
             return
-        if self._drafting:
-            known = self._together.get(batch, float(batch))
-            self._together[batch] = known + _TOGETHER_RATE * (self._drafting - known)
         if self._drafting > 1:
             least = 1.0 / self._drafting
             serial = min(max((host_seconds / self._seconds - least) / (1.0 - least), 0.0), 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -167,6 +168,21 @@ def test_a_batch_with_linear_cost_drafts_nothing() -> None:
 def test_a_batch_with_flat_cost_drafts() -> None:
     costs = CostTable([1, 256], [0], [[20 * MS, 20.5 * MS]], 0.0, {"ngram": DraftCost()})
     assert pacer(costs).plan(context(Outlook("ngram", 10, 8), batch_size=16, other_rows=4)).num_draft >= 8
+
+
+@pytest.mark.parametrize(("drafting", "agreed"), [(1, False), (2, False), (8, True)])
+def test_those_who_draft_together_must_pay_for_the_shared_steps(drafting: int, agreed: bool) -> None:
+    """A step of the draft takes as long for one as for all, and each was charged with its share only."""
+    costs = CostTable([1, 256], [0], [[20 * MS, 21 * MS]], 0.0, {"draft": DraftCost(per_token=4 * MS)})
+    controller = pacer(costs)
+    controller._costs.overlap.serial = 0.0
+    plans = [
+        controller.plan(replace(context(Outlook("draft", 4), batch_size=16, other_rows=15), request_id=i)) for i in range(drafting)
+    ]
+    assert all(plan.num_draft > 0 and not plan.probe for plan in plans)
+    assert controller.agree(range(drafting)) is agreed
+    again = controller.plan(replace(context(Outlook("draft", 4), batch_size=16, other_rows=15), request_id=0))
+    assert (again.num_draft > 0) is agreed
 
 
 def test_rows_that_others_put_in_raise_the_price() -> None:
