@@ -9,15 +9,15 @@ Prices are expected tokens over expected seconds for every length, from learnt c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
 from paceline.control.acceptance import AcceptanceModel, observed_labels, signal_bucket
-from paceline.control.arbiter import Arbiter
 from paceline.control.bank import TimeBank
 from paceline.control.base import Controller, RoundContext
 from paceline.control.confidence import Calibrated
+from paceline.control.offers import Lane, Offer, RunningDraft, base_rows, batch_price, is_alone
 from paceline.control.pricing import LearnedCosts, best_net, best_ratio, node_rates, round_seconds, rows_bucket, worth_another
 from paceline.control.probing import ProbeSchedule
 from paceline.costs import CostTable
@@ -70,51 +70,6 @@ class PacerOptions:
                 raise OptionError(f"{name} = {value!r}: must be a number in [0, {high:g}]")
 
 
-@dataclass(slots=True)
-class _Lane:
-    """What requests of one task share at one batch size."""
-
-    arbiter: Arbiter = field(default_factory=Arbiter)
-    rests: dict[tuple[str, int], int] = field(default_factory=dict)
-    """Token count until which a drafter's offers at a level of evidence are not priced again."""
-    purse: TimeBank = field(default_factory=lambda: TimeBank(eps=0.002, start=2.0, cap=50.0))
-    """A second, smaller bank: while it is empty nothing is probed, and a promise must be clear to be believed."""
-    speed: float = 1.0
-    """Delivered speed of batched speculative rounds, relative to plain decoding."""
-
-
-@dataclass(slots=True)
-class _Offer:
-    """The best that one drafter can do in the coming round."""
-
-    outlook: Outlook
-    bucket: int
-    rates: list[float]
-    seconds: list[float]
-    """Predicted time of the round for 0, 1, ... drafted tokens; in a batch, of the shared forward and this draft."""
-    num_draft: int
-    emitted: float
-    merit: float
-    """Tokens of this round for one that its time would have emitted by plain decoding."""
-
-
-@dataclass(slots=True)
-class _Running:
-    """A request's speculative round, from its plan to its record."""
-
-    offer: _Offer
-    price: float
-    """Tokens a second that the stop rule asks for; 0: draft all that was planned."""
-    survival: float = 1.0
-    probe: bool = False
-    seconds: float = 0.0
-    """What its draft takes if no other sequence drafts along."""
-    paid: float = 0.0
-    """The part of that which its offer was charged with."""
-    tokens_per_second: float = 0.0
-    """Price of time in a batch."""
-
-
 class Pacer(Controller):
     """See the module's text. One instance serves an engine; only a request's own odds and running round are kept by id."""
 
@@ -128,8 +83,8 @@ class Pacer(Controller):
         self._confident: dict[str, Calibrated] = {}
         self._bank = TimeBank(options.eps, options.start, options.cap)
         self._probes = ProbeSchedule()
-        self._lanes: dict[tuple[str, int], _Lane] = {}
-        self._running: dict[int, _Running] = {}
+        self._lanes: dict[tuple[str, int], Lane] = {}
+        self._running: dict[int, RunningDraft] = {}
         self._resting: dict[int, int] = {}
         """Token count until which a request of a batch, for which nothing paid clearly enough, is not priced again."""
         self._read: set[str] = set()
@@ -167,7 +122,7 @@ class Pacer(Controller):
         if lane.arbiter.wants_plain or self._needs_plain(context.batch_size):
             return Plan(None, 0, "plain: renewing the price of a plain step", 1.0, plain)
         best = self._offer(context, able[0], plain, lane)
-        others: list[_Offer] = []
+        others: list[Offer] = []
         for outlook in able[1:]:
             offer = self._offer(context, outlook, plain, lane)
             if offer.merit > best.merit:
@@ -298,25 +253,25 @@ class Pacer(Controller):
             confident = self._confident[drafter] = Calibrated()
         return confident
 
-    def _lane(self, task: str, batch: int, plain: float) -> _Lane:
+    def _lane(self, task: str, batch: int, plain: float) -> Lane:
         key = (task, rows_bucket(batch))
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = _Lane()
+            lane = self._lanes[key] = Lane()
             lane.purse.open(plain)
             if not self._bank.is_open:
                 self._bank.open(plain)
         return lane
 
-    def _offer(self, context: RoundContext, outlook: Outlook, plain: float, lane: _Lane) -> _Offer:
+    def _offer(self, context: RoundContext, outlook: Outlook, plain: float, lane: Lane) -> Offer:
         """Price all lengths of one drafter and take the best."""
         costs, drafter, bucket = self._costs, outlook.drafter, signal_bucket(outlook.signal)
         limit = min(context.max_draft, outlook.available)
         rates = self._acceptance.rates(context.request_id, context.task, drafter, bucket, limit)
         if (width := self._widths.get(drafter, 1.0)) > 1.0:
             rates = node_rates(rates, width)
-        curve = costs.learnt(_base_rows(context), limit, context.context_length)
-        line, rest, alone = costs.line(drafter), costs.rest, _alone(context)
+        curve = costs.learnt(base_rows(context), limit, context.context_length)
+        line, rest, alone = costs.line(drafter), costs.rest, is_alone(context)
         if alone:
             once, each = line.fixed + rest.fixed, line.per_token + rest.per_token
         else:
@@ -333,17 +288,17 @@ class Pacer(Controller):
             merit = emitted * plain / seconds[num_draft]
         else:
             seconds = round_seconds(curve, once, each)
-            price = _batch_price(context, plain, lane)
+            price = batch_price(context, plain, lane)
             num_draft, emitted = best_net(rates, seconds, price)
             merit = emitted - price * (seconds[num_draft] - curve[0])
         confident = self._confident.get(drafter)
         if confident is not None:
             merit *= confident.delivered.factor
-        return _Offer(outlook, bucket, rates, seconds, num_draft, emitted, merit)
+        return Offer(outlook, bucket, rates, seconds, num_draft, emitted, merit)
 
-    def _may_probe(self, context: RoundContext, offer: _Offer, plain: float, speed: float, lane: _Lane) -> bool:
+    def _may_probe(self, context: RoundContext, offer: Offer, plain: float, speed: float, lane: Lane) -> bool:
         """Whether an offer that does not win should be tried once more; speed: of what wins, relative to plain."""
-        spent = offer.seconds[offer.num_draft] / plain if _alone(context) else offer.emitted + 1.0 - offer.merit
+        spent = offer.seconds[offer.num_draft] / plain if is_alone(context) else offer.emitted + 1.0 - offer.merit
         loss = max(0.0, spent - offer.emitted / speed)
         if lane.purse.slack < loss * plain / context.batch_size:
             return False
@@ -351,7 +306,7 @@ class Pacer(Controller):
         doubt = self._acceptance.doubt(context.request_id, drafter, offer.rates[0], loss)
         return self._probes.due((context.task, drafter, offer.bucket, rows_bucket(context.batch_size)), self._tokens, loss, doubt)
 
-    def _grant(self, context: RoundContext, offer: _Offer, plain: float, lane: _Lane, wanted: int, *, probe: bool) -> Plan:
+    def _grant(self, context: RoundContext, offer: Offer, plain: float, lane: Lane, wanted: int, *, probe: bool) -> Plan:
         """Let the bank shorten or refuse the draft, and write the plan."""
         drafter = offer.outlook.drafter
         confident = self._confident.get(drafter)
@@ -369,17 +324,17 @@ class Pacer(Controller):
                 emitted += survival
         price = 0.0
         if stops:
-            price = max(offer.merit, 1.0) / plain if _alone(context) else _batch_price(context, plain, lane)
+            price = max(offer.merit, 1.0) / plain if is_alone(context) else batch_price(context, plain, lane)
         line = self._costs.line(drafter)
         own = line.fixed + line.per_token * expected
-        running = self._running[context.request_id] = _Running(offer, price, probe=probe, seconds=own, paid=own)
-        if not _alone(context):
+        running = self._running[context.request_id] = RunningDraft(offer, price, probe=probe, seconds=own, paid=own)
+        if not is_alone(context):
             running.paid *= self._costs.overlap.share(context.batch_size)
-            running.tokens_per_second = _batch_price(context, plain, lane)
+            running.tokens_per_second = batch_price(context, plain, lane)
         seconds = offer.seconds[expected]
         return Plan(drafter, num_draft, self._why_draft(num_draft, emitted, seconds / plain, probe), emitted, seconds, probe)
 
-    def _lend_reading(self, offer: _Offer, plain: float, lane: _Lane) -> None:
+    def _lend_reading(self, offer: Offer, plain: float, lane: Lane) -> None:
         """What a drafter is worth cannot be known before it has read a prompt: that is lent, once."""
         drafter = offer.outlook.drafter
         catch_up = self._costs.catch_up(drafter, offer.outlook.catch_up)
@@ -388,11 +343,11 @@ class Pacer(Controller):
             self._bank.lend(catch_up)
             lane.purse.lend(catch_up)
 
-    def _affordable(self, context: RoundContext, offer: _Offer, plain: float, wanted: int) -> int:
+    def _affordable(self, context: RoundContext, offer: Offer, plain: float, wanted: int) -> int:
         """The longest draft, up to the wanted one, whose worst loss the bank grants; 0 if there is none."""
         costs, outlook = self._costs, offer.outlook
-        table = costs.measured(_base_rows(context), wanted, context.context_length)
-        free = plain if _alone(context) else table[0]
+        table = costs.measured(base_rows(context), wanted, context.context_length)
+        free = plain if is_alone(context) else table[0]
         line, rest = costs.line(outlook.drafter), costs.rest
         catch_up = costs.catch_up(outlook.drafter, outlook.catch_up)
         margin = 1.0 + 2.0 * costs.deviation
@@ -436,26 +391,14 @@ class Pacer(Controller):
     def _learn_costs(self, record: StepRecord, rows: int, seconds: float, lag: int) -> None:
         """lag: catch-up of a speculative round; negative for a plain one."""
         batch, costs, context = record.batch_size, self._costs, record.context_length
-        if lag < 0:
-            costs.learn_plain(context, batch, seconds, record.verify_seconds)
-            if costs.knows_plain(batch):
-                self._bank.correct_start(costs.plain(context, batch))
+        if lag >= 0:
+            costs.learn_speculative(record, rows, seconds, lag)
             return
-        costs.learn_round(context, rows, batch, record.verify_seconds)
-        if record.drafter is not None:
-            line = costs.line(record.drafter)
-            costs.learn_catch_up(record.drafter, lag, record.draft_seconds - line.fixed - line.per_token * record.num_drafted)
-            catch_up = min(costs.catch_up(record.drafter, lag), 0.5 * record.draft_seconds)
-            if lag < 64:  # else most of the time is the prompt's
-                line.learn(record.num_drafted, record.draft_seconds - catch_up)
-        if batch == 1:
-            costs.rest.learn(record.num_drafted, seconds - record.verify_seconds - record.draft_seconds)
-            if record.expected_seconds > 0.0 and record.num_drafted == record.num_planned:
-                costs.learn_deviation(record.expected_seconds, seconds)
-        else:
-            costs.overlap.observe(batch, record.draft_seconds if record.num_drafted else 0.0, seconds - record.verify_seconds)
+        costs.learn_plain(context, batch, seconds, record.verify_seconds)
+        if costs.knows_plain(batch):
+            self._bank.correct_start(costs.plain(context, batch))
 
-    def _why_plain(self, offer: _Offer, plain: float) -> str:
+    def _why_plain(self, offer: Offer, plain: float) -> str:
         if not self.options.explain:
             return "plain: drafting would not pay"
         drafter, k, steps = offer.outlook.drafter, offer.num_draft, offer.seconds[offer.num_draft] / plain
@@ -464,17 +407,3 @@ class Pacer(Controller):
     def _why_draft(self, num_draft: int, emitted: float, steps: float, probe: bool) -> str:
         verb = "probing" if probe else "drafting"
         return f"{verb} {num_draft}: expects {emitted:.1f} tokens for {steps:.2f} plain steps" if self.options.explain else verb
-
-
-def _alone(context: RoundContext) -> bool:
-    return context.batch_size == 1 and context.other_rows == 0
-
-
-def _base_rows(context: RoundContext) -> int:
-    """Rows of the round's forward if this sequence drafts nothing: sequences that come later bring at least one each."""
-    return max(context.other_rows + 1, context.batch_size)
-
-
-def _batch_price(context: RoundContext, plain: float, lane: _Lane) -> float:
-    """Tokens a second that the whole batch emits: at least those of plain decoding, else what was delivered lately."""
-    return max(1.0, lane.speed) * context.batch_size / plain

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from paceline.costs import CostTable
+from paceline.records import StepRecord
 
 _EXACT_ROWS = 64
 _NUM_BUCKETS = _EXACT_ROWS + 17
@@ -20,6 +21,8 @@ _OTHER_MACHINE = 0.08
 """Relative change of forwards since the last plain step from which its price may be out of date."""
 _LAG = 8
 """Tokens caught up that tell what one costs."""
+_LONG_LAG = 64
+"""Tokens from which on most of a draft's time is catching up, and says nothing about drafting."""
 
 
 def round_seconds(forwards: Sequence[float], once: float, each: float, floor: float = 0.0, floor_each: float = 0.0) -> list[float]:
@@ -339,6 +342,26 @@ class LearnedCosts:
             self._machine_at_plain = self._scales.machine
         if batch == 1:
             self.rest.learn(0, round_seconds - verify_seconds)
+
+    def learn_speculative(self, record: StepRecord, rows: int, seconds: float, lag: int) -> None:
+        """Count a speculative round (one of the records of a batched one): forward, draft, and what is left of `seconds`.
+
+        rows: of the whole forward; lag: tokens that the draft's cache had to catch up.
+        """
+        batch, drafted = record.batch_size, record.num_drafted
+        self.learn_round(record.context_length, rows, batch, record.verify_seconds)
+        if record.drafter is not None:
+            line = self.line(record.drafter)
+            self.learn_catch_up(record.drafter, lag, record.draft_seconds - line.fixed - line.per_token * drafted)
+            catch_up = min(self.catch_up(record.drafter, lag), 0.5 * record.draft_seconds)
+            if lag < _LONG_LAG:
+                line.learn(drafted, record.draft_seconds - catch_up)
+        if batch == 1:
+            self.rest.learn(drafted, seconds - record.verify_seconds - record.draft_seconds)
+            if record.expected_seconds > 0.0 and drafted == record.num_planned:
+                self.learn_deviation(record.expected_seconds, seconds)
+        else:
+            self.overlap.observe(batch, record.draft_seconds if drafted else 0.0, seconds - record.verify_seconds)
 
     def learn_round(self, context: int, rows: int, batch: int, verify_seconds: float) -> None:
         """Count the forward of a speculative round (one of the `batch` records of a batched one)."""
