@@ -15,6 +15,7 @@ import torch
 from paceline.errors import OptionError
 from paceline.execution.base import Segment
 from paceline.execution.cuda.linears import MAX_ROWS
+from paceline.execution.cuda.paging import PAGE
 
 TAIL = 128
 """Keys of a row that attention takes one by one, at most."""
@@ -23,6 +24,8 @@ GENERAL_ROWS = (8, 16, 32, 48, 64)
 """Rows of graphs that serve any batch of so many rows, captured before the first round."""
 CAPTURE_AFTER = 16
 """Forwards of a shape that a more general graph serves before it gets its own: a capture takes as long as several plain steps."""
+LEAST_CHUNKS = 8
+"""Of keys in attention's grid: idle blocks of short contexts cost less than more graphs."""
 _FIELDS = ("tokens", "lengths", "depths", "indices", "sequences", "sources")
 _WORDS = (len(_FIELDS) + 3) * MAX_ROWS + MAX_ROWS * MAX_ROWS // 4
 _STAGES = 8
@@ -172,6 +175,11 @@ def chunk_size(head_dim: int) -> int:
     return max(64, 16384 // head_dim)
 
 
+def grid_chunks(length: int, head_dim: int) -> int:
+    """Chunks of keys in attention's grid that serve rows at positions below `length`; few different numbers."""
+    return max(LEAST_CHUNKS, power_of_two(-(-(length // PAGE * PAGE) // chunk_size(head_dim))))
+
+
 def power_of_two(number: int) -> int:
     """The next power of two, at least 1."""
     return 1 << max(0, number - 1).bit_length()
@@ -248,12 +256,6 @@ class Graphs:
         self.captures += 1
         self.seconds += perf_counter() - started
         return True
-
-    def replay(self, key: object, run: Callable[[], None], clear: Callable[[], None], fill: Callable[[], None]) -> None:
-        """Run a captured function on inputs that `fill` puts in place, capturing it first if need be."""
-        self.prepare(key, run, clear)
-        fill()
-        self._graphs[key].replay()
 
     def again(self, key: object) -> None:
         """Replay a graph that was captured, on the inputs that are in place."""

@@ -4,47 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from paceline.errors import ModelError, OptionError, ResourceError
 from paceline.execution.base import DecodedToken, Decoding, ForwardOutput, Runner, RunnerInfo, Segment, SequenceHandle
-from paceline.execution.cuda.capture import (
-    GENERAL_ROWS,
-    ROW_BUCKETS,
-    Graphs,
-    Layout,
-    Rows,
-    Shape,
-    bucket,
-    check,
-    chunk_size,
-    for_steps,
-    general,
-    num_blocks,
-    power_of_two,
-)
+from paceline.execution.cuda.capture import Layout, Rows, check, grid_chunks
 from paceline.execution.cuda.decoder import Decoder, misfit
 from paceline.execution.cuda.driver import missing_reason
 from paceline.execution.cuda.linears import MAX_ROWS, Tuning
 from paceline.execution.cuda.memory import GIB, Budget, make_room, plan, register, unregister
 from paceline.execution.cuda.packing import FORMATS
 from paceline.execution.cuda.paging import PAGE, PagedCache, PagedSequence
-from paceline.execution.cuda.stepping import Stepping, Steps, decode, prepared, reference_steps
+from paceline.execution.cuda.stepping import Stepping, decode, prepared, reference_steps
 from paceline.execution.draws import DrawLaw, draw_rows
 from paceline.execution.structure import describe_structure, merged_weights
 from paceline.models.base import ModelSource
 
+if TYPE_CHECKING:
+    from paceline.execution.cuda.forwards import Forwards
+
 _MAX_SEQUENCES = 64
 _FULL_SEQUENCES = 32
 """Sequences of full length that the cache has room for, if memory allows."""
-_LEAST_CHUNKS = 8
-"""Of keys in attention's grid: idle blocks of short contexts cost less than more graphs."""
-_USUAL_ROWS = 20
-"""Rows of one sequence for which graphs are captured at the start, beside those for any batch; others are when needed often."""
 _PIECEWISE, _SMALL = 512, GIB
 """Chains up to so many tokens go through the kernels, 64 at a time, in models of fewer bytes."""
 _CACHE_SHARE = 0.5
@@ -100,8 +83,8 @@ class CudaRunner(Runner):
                     f"{source.name}: weights do not fit on {self._device}; choose precision int8 or int4, or leave the draft out"
                 ) from error
             self.budget = self._make_cache(free, limit)
-        self._graphs = Graphs()
-        self._steps: Steps | None = None
+        self._forwards: Forwards | None = None
+        """The kernels; None on a CPU."""
         self._piecewise = _PIECEWISE if self._decoder.weight_bytes < _SMALL else 0
         """Longest chain that goes through the kernels in pieces."""
         self.is_offloaded = False
@@ -120,7 +103,11 @@ class CudaRunner(Runner):
             weight_bytes=self._decoder.weight_bytes,
         )
         if self._captures:
-            self._capture_usual()
+            from paceline.execution.cuda.forwards import Forwards
+
+            with torch.inference_mode(), self._here():
+                self._forwards = Forwards(self._decoder, self._cache, self._layout, self._device)
+                self._forwards.capture_usual()
 
     @property
     def device(self) -> str:
@@ -129,12 +116,12 @@ class CudaRunner(Runner):
 
     @property
     def warmup_seconds(self) -> float:
-        return self._graphs.seconds
+        return self._forwards.graphs.seconds if self._forwards is not None else 0.0
 
     @property
     def captures(self) -> int:
         """Graphs captured so far."""
-        return self._graphs.captures
+        return self._forwards.graphs.captures if self._forwards is not None else 0
 
     @property
     def _captures(self) -> bool:
@@ -143,7 +130,7 @@ class CudaRunner(Runner):
     def _make_cache(self, free: int, limit: int) -> Budget:
         spec, decoder = self._spec, self._decoder
         page_bytes = 2 * spec.layers * spec.kv_heads * PAGE * spec.head_dim * 2
-        chunks = self._grid_chunks(limit)
+        chunks = grid_chunks(limit, spec.head_dim)
         buffers = 4 * MAX_ROWS * (spec.heads * chunks * (spec.head_dim + 2) + decoder.logits.shape[1] + 2 * spec.vocab)
         weights = decoder.weight_bytes + decoder.embedding.numel() * 2 + decoder.rotary.numel() * 4
         full = -(-limit // PAGE)
@@ -152,13 +139,6 @@ class CudaRunner(Runner):
         pages = budget.cache // page_bytes
         self._cache = PagedCache(spec.layers, spec.kv_heads, spec.head_dim, pages, limit, _MAX_SEQUENCES, self._device)
         self._layout = Layout(self._cache.tables, spec.heads, spec.head_dim, chunks if self._captures else 1)
-        self._best: Any = None
-        if self._captures:
-            from paceline.execution.cuda.drawing import Drawer
-            from paceline.execution.cuda.fused import BestToken
-
-            self._best = BestToken(MAX_ROWS, spec.vocab, self._device)
-            self._drawer = Drawer(MAX_ROWS, spec.vocab, self._device, self._best.picks[1])
         return budget
 
     # ---------- the contract ----------
@@ -213,54 +193,34 @@ class CudaRunner(Runner):
         feeds, most = prepared(self, jobs, self.info.max_context)
         self._bring_back()
         ends = [sequence.committed + len(feed) for sequence, feed in zip(own, feeds, strict=True)]
-        stepping = self._begin_steps(jobs, own, feeds, most) if self._captures else reference_steps(self, jobs, feeds)
+        if self._forwards is None:
+            stepping = reference_steps(self, jobs, feeds)
+        else:
+            stepping = self._begin_steps(self._forwards, jobs, own, feeds, most)
         decoded = decode(jobs, most, stepping)
         for sequence, end, tokens in zip(own, ends, decoded, strict=True):
             self._cache.keep(sequence, end + max(0, len(tokens) - 1))
         return decoded
 
     def _begin_steps(
-        self, jobs: Sequence[Decoding], own: Sequence[PagedSequence], feeds: Sequence[Sequence[int]], most: int
+        self,
+        forwards: Forwards,
+        jobs: Sequence[Decoding],
+        own: Sequence[PagedSequence],
+        feeds: Sequence[Sequence[int]],
+        most: int,
     ) -> Stepping:
         """Issue the first step; returns what issues another one, and what waits for the next one's tokens."""
-        steps = self._make_steps()
         with torch.inference_mode(), self._here():
-            first, later = list[Rows](), list[Rows]()
-            sources: list[int] = []
             for sequence, feed in zip(own, feeds, strict=True):
                 self._cache.stage(sequence, len(feed) + most - 1)
-                first.append(Rows(sequence.slot, sequence.committed, feed, None))
-                later.append(Rows(sequence.slot, sequence.committed + len(feed), feed[:1], None))
-                sources.append((sources[-1] if sources else -1) + len(feed))
-            drawn = any(job.law is not None for job in jobs)
-            step = for_steps(self._shape(later, longest=max(rows.length for rows in later) + most))
-            key = self._prepare_step(step, drawn)
-            steps.describe(jobs)
-            steps.layout.fill(later, step, sources)
-            self._replay(first)
-            steps.advance(self._decoder.logits, self._best, len(jobs), drawn=drawn, first=True)
-            steps.issued()
+            issue, steps = forwards.begin_steps(jobs, own, feeds, most)
 
-        def issue() -> None:
+        def issue_here() -> None:
             with self._here():
-                self._graphs.again(key)
-                steps.issued()
+                issue()
 
-        return issue, lambda: steps.read(len(jobs))
-
-    def _prepare_step(self, shape: Shape, drawn: bool) -> object:
-        """Capture a forward whose tokens are the next one's input, unless that was done; returns its key."""
-        steps, key = self._make_steps(), ("drawn steps" if drawn else "steps", shape)
-
-        def run() -> None:
-            self._decoder.kernels(steps.layout, self._cache, shape, self._best)
-            steps.advance(self._decoder.logits, self._best, shape.rows, drawn=drawn)
-
-        if drawn:
-            steps.make_drawer()  # no memory may be asked for during a capture
-        if self._graphs.prepare(key, run, steps.layout.clear):
-            steps.restart()
-        return key
+        return issue_here, lambda: steps.read(len(jobs))
 
     def offload(self) -> int:
         """Move the weights to the host's memory and return their bytes; keys and values stay. The next forward brings them back.
@@ -270,7 +230,8 @@ class CudaRunner(Runner):
         if self.is_offloaded:
             return 0
         with torch.inference_mode(), self._here():
-            self._graphs.forget()
+            if self._forwards is not None:
+                self._forwards.graphs.forget()
             self._decoder.move(torch.device("cpu"))
             self.is_offloaded = True
             if self._captures:
@@ -294,7 +255,7 @@ class CudaRunner(Runner):
     def shutdown(self) -> None:
         """Give the device's memory back; the runner is of no use afterwards."""
         unregister(self)
-        del self._graphs, self._decoder, self._cache, self._layout, self._best
+        del self._forwards, self._decoder, self._cache, self._layout
 
     # ---------- passes ----------
 
@@ -314,15 +275,16 @@ class CudaRunner(Runner):
     def _pass(self, segments: list[Segment], want_hidden: bool, keep: bool) -> ForwardOutput:
         """keep: the result must outlive the next pass."""
         first, offset = segments[0], 0
-        if len(first.tokens) > MAX_ROWS or not self._captures:
-            if not self._takes_pieces(first):
+        forwards = self._forwards
+        if len(first.tokens) > MAX_ROWS or forwards is None:
+            if forwards is None or not self._takes_pieces(first):
                 sequence = self._own(first.sequence)
                 logits, hidden = self._decoder.dense(first.tokens, sequence, self._cache, first.parents, _wanted(first))
                 drawn = draw_rows(logits, first.draws, _wanted(first)) if first.draws is not None else None
                 return ForwardOutput(logits, hidden if want_hidden else None, drawn=drawn)
-            offset = self._feed_pieces(first)
+            offset = self._feed_pieces(forwards, first)
         batch = [self._rows(segment, offset) for segment in segments]
-        self._replay(batch)
+        forwards.run(batch)
         rows: list[int] = []
         start = 0
         for segment, part in zip(segments, batch, strict=True):
@@ -331,101 +293,39 @@ class CudaRunner(Runner):
             start = end
         logits = self._decoder.logits[:start, : self._spec.vocab]
         states = self._decoder.hidden(start) if want_hidden else None
-        draws = self._draw(segments, start) if rows else False
-        best, drawn = self._best.picks.tolist() if rows else ([], [])  # waits for the device
-        best, drawn = best[:start], drawn[:start]
+        best, drawn = forwards.tokens(start, *_draws(segments, start)) if rows else ([], None)
         if len(rows) < start:
             index = torch.tensor(rows, dtype=torch.int64, device=self._device)
-            logits, best, drawn = logits[index], [best[row] for row in rows], [drawn[row] for row in rows if draws]
+            logits, best = logits[index], [best[row] for row in rows]
+            drawn = [drawn[row] for row in rows] if drawn is not None else None
             states = states[index] if states is not None else None
-        return ForwardOutput(logits.clone() if keep else logits, states, best, drawn if draws else None)
-
-    def _draw(self, segments: Sequence[Segment], rows: int) -> bool:
-        """Launch the draws that segments ask for; returns whether any does."""
-        if all(segment.draws is None for segment in segments):
-            return False
-        laws: list[DrawLaw | None] = []
-        numbers: list[int] = []
-        for segment in segments:
-            count, draws = len(segment.tokens), segment.draws
-            laws += [draws.law if draws is not None else None] * count
-            numbers += draws.numbers if draws is not None else [0] * count
-        self._drawer.describe(laws[-rows:], numbers[-rows:])
-        self._drawer.launch(self._decoder.logits, self._best.tokens, rows)
-        return True
+        return ForwardOutput(logits.clone() if keep else logits, states, best, drawn)
 
     def _takes_pieces(self, segment: Segment) -> bool:
         """Whether the kernels, 64 rows at a time, are faster for a chain than the library, which needs all weights unpacked."""
-        return (
-            self._captures and segment.parents is None and len(segment.tokens) <= self._piecewise and _wanted(segment) <= MAX_ROWS
-        )
+        return segment.parents is None and len(segment.tokens) <= self._piecewise and _wanted(segment) <= MAX_ROWS
 
-    def _feed_pieces(self, segment: Segment) -> int:
+    def _feed_pieces(self, forwards: Forwards, segment: Segment) -> int:
         """Feed a long chain but for its last 64 tokens, and return how many; they stay uncommitted like the rest."""
         own, fed = self._own(segment.sequence), len(segment.tokens) - MAX_ROWS
         for start in range(0, fed, MAX_ROWS):
             piece = Rows(own.slot, own.committed + start, segment.tokens[start : min(start + MAX_ROWS, fed)], None)
-            self._replay([piece])
+            forwards.run([piece])
         return fed
 
     def _rows(self, segment: Segment, offset: int = 0) -> Rows:
         sequence = self._own(segment.sequence)
         return Rows(sequence.slot, sequence.committed + offset, segment.tokens[offset:], segment.parents)
 
-    def _shape(self, batch: Sequence[Rows], longest: int = 0) -> Shape:
-        """The smallest shape that holds a batch. longest: positions that it must serve at least."""
-        from paceline.execution.cuda.attention import block_tokens
-
-        counts = [len(rows.tokens) for rows in batch]
-        tokens = block_tokens(self._group, max(counts))
-        blocks = power_of_two(num_blocks(counts, tokens))
-        end = max(longest, *(rows.length + len(rows.tokens) for rows in batch))
-        return Shape(bucket(sum(counts)), min(blocks, MAX_ROWS), tokens, self._grid_chunks(end))
-
-    @property
-    def _group(self) -> int:
-        """Heads that share a kv head."""
-        return self._spec.heads // self._spec.kv_heads
-
-    def _long_block(self) -> int:
-        """Tokens of a block of query rows in long segments."""
-        from paceline.execution.cuda.attention import block_tokens
-
-        return block_tokens(self._group, MAX_ROWS)
-
-    def _grid_chunks(self, length: int) -> int:
-        """Chunks of keys in attention's grid that serve rows at positions below `length`; few different numbers."""
-        return max(_LEAST_CHUNKS, power_of_two(-(-(length // PAGE * PAGE) // chunk_size(self._spec.head_dim))))
-
-    def _capture_usual(self) -> None:
-        """Capture what one sequence needs at usual lengths and what serves any batch there, so that no round waits for it."""
-        with torch.inference_mode(), self._here():
-            usual = [self._shape([Rows(0, 0, range(rows), None)]) for rows in ROW_BUCKETS if rows <= _USUAL_ROWS]
-            for shape in usual + [general(replace(usual[0], rows=rows), self._long_block()) for rows in GENERAL_ROWS]:
-                self._graphs.prepare(shape, self._kernels(shape), self._layout.clear)
-            self._prepare_step(usual[0], drawn=False)
-
-    def _kernels(self, shape: Shape) -> Callable[[], None]:
-        """What a graph of a shape holds."""
-        return partial(self._decoder.kernels, self._layout, self._cache, shape, self._best)
-
-    def _replay(self, batch: Sequence[Rows]) -> None:
-        """Run a captured forward over a batch."""
-        counts = [len(rows.tokens) for rows in batch]
-        shape = self._graphs.choose(self._shape(batch), counts, self._long_block())
-        self._graphs.replay(shape, self._kernels(shape), self._layout.clear, partial(self._layout.fill, batch, shape))
-
     def capture(self, segments: Sequence[Segment]) -> Callable[[], None]:
-        """Capture the graph of exactly this forward now; returns what replays it on the inputs that are in place (for timing)."""
-        shape = self._shape([self._rows(segment) for segment in segments])
-        with torch.inference_mode(), self._here():
-            self._graphs.prepare(shape, self._kernels(shape), self._layout.clear)
-        return partial(self._graphs.again, shape)
+        """Capture the graph of exactly this forward now; returns what replays it on the inputs that are in place (for timing).
 
-    def _make_steps(self) -> Steps:
-        if self._steps is None:
-            self._steps = Steps(self._layout, self._spec.vocab)
-        return self._steps
+        Raises NotImplementedError on a CPU.
+        """
+        if self._forwards is None:
+            raise NotImplementedError("nothing is captured on a CPU")
+        with torch.inference_mode(), self._here():
+            return self._forwards.capture([self._rows(segment) for segment in segments])
 
     # ---------- checks ----------
 
@@ -440,6 +340,17 @@ class CudaRunner(Runner):
 
 def _wanted(segment: Segment) -> int:
     return len(segment.tokens) if segment.num_logits is None else segment.num_logits
+
+
+def _draws(segments: Sequence[Segment], rows: int) -> tuple[list[DrawLaw | None], list[int]]:
+    """Law and number of each of the last `rows` rows of the segments."""
+    laws: list[DrawLaw | None] = []
+    numbers: list[int] = []
+    for segment in segments:
+        count, draws = len(segment.tokens), segment.draws
+        laws += [draws.law if draws is not None else None] * count
+        numbers += draws.numbers if draws is not None else [0] * count
+    return laws[-rows:], numbers[-rows:]
 
 
 def _joined(parts: Sequence[list[int] | None]) -> list[int] | None:

@@ -1,0 +1,143 @@
+"""Forwards over up to 64 rows as replays of captured graphs, and what follows them: the best tokens, draws, and steps ahead (ours).
+
+Needs a GPU (and Triton to import). Call everything under `torch.inference_mode` and on the model's device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from paceline.execution.base import Decoding
+from paceline.execution.cuda.attention import block_tokens
+from paceline.execution.cuda.capture import (
+    GENERAL_ROWS,
+    ROW_BUCKETS,
+    Graphs,
+    Layout,
+    Rows,
+    Shape,
+    bucket,
+    for_steps,
+    general,
+    grid_chunks,
+    num_blocks,
+    power_of_two,
+)
+from paceline.execution.cuda.decoder import Decoder
+from paceline.execution.cuda.drawing import Drawer
+from paceline.execution.cuda.fused import BestToken
+from paceline.execution.cuda.linears import MAX_ROWS
+from paceline.execution.cuda.paging import PagedCache, PagedSequence
+from paceline.execution.cuda.stepping import Steps
+from paceline.execution.draws import DrawLaw
+
+_USUAL_ROWS = 20
+"""Rows of one sequence for which graphs are captured at the start, beside those for any batch; others are when needed often."""
+
+
+class Forwards:
+    """The captured forwards of one model."""
+
+    def __init__(self, decoder: Decoder, cache: PagedCache, layout: Layout, device: torch.device) -> None:
+        self._decoder, self._cache, self._layout = decoder, cache, layout
+        self._vocab, self._head_dim = decoder.spec.vocab, decoder.spec.head_dim
+        self._group = decoder.spec.heads // decoder.spec.kv_heads
+        self._best = BestToken(MAX_ROWS, self._vocab, device)
+        self._drawer = Drawer(MAX_ROWS, self._vocab, device, self._best.picks[1])
+        self._steps = Steps(layout, self._vocab)
+        self.graphs = Graphs()
+
+    def capture_usual(self) -> None:
+        """Capture what one sequence needs at usual lengths and what serves any batch there, so that no round waits for it."""
+        usual = [self._shape([Rows(0, 0, range(rows), None)]) for rows in ROW_BUCKETS if rows <= _USUAL_ROWS]
+        for shape in usual + [general(replace(usual[0], rows=rows), self._long_block()) for rows in GENERAL_ROWS]:
+            self._prepare(shape)
+        self._prepare_steps(usual[0], drawn=False)
+
+    def run(self, batch: Sequence[Rows]) -> None:
+        """A forward, which fills the decoder's logits; rows lie one after another."""
+        counts = [len(rows.tokens) for rows in batch]
+        shape = self.graphs.choose(self._shape(batch), counts, self._long_block())
+        self._prepare(shape)
+        self._layout.fill(batch, shape)
+        self.graphs.again(shape)
+
+    def tokens(self, rows: int, laws: Sequence[DrawLaw | None], numbers: Sequence[int]) -> tuple[list[int], list[int] | None]:
+        """The best token of each row of the last forward, and the drawn one where any row has a law (the best one of other rows).
+
+        numbers: for each row, as in `Draws`. Waits for the device.
+        """
+        draws = any(law is not None for law in laws)
+        if draws:
+            self._drawer.describe(laws, numbers)
+            self._drawer.launch(self._decoder.logits, self._best.tokens, rows)
+        best, drawn = self._best.picks.tolist()
+        return best[:rows], drawn[:rows] if draws else None
+
+    def capture(self, batch: Sequence[Rows]) -> Callable[[], None]:
+        """Capture the graph of exactly this forward now; returns what replays it on the inputs that are in place (for timing)."""
+        shape = self._shape(batch)
+        self._prepare(shape)
+        return partial(self.graphs.again, shape)
+
+    def begin_steps(
+        self, jobs: Sequence[Decoding], sequences: Sequence[PagedSequence], feeds: Sequence[Sequence[int]], most: int
+    ) -> tuple[Callable[[], None], Steps]:
+        """Issue the first of up to `most` steps; returns what issues another one, and where their tokens are read.
+
+        Room for the tokens of all steps is staged.
+        """
+        steps, first, later = self._steps, list[Rows](), list[Rows]()
+        sources: list[int] = []
+        for sequence, feed in zip(sequences, feeds, strict=True):
+            first.append(Rows(sequence.slot, sequence.committed, feed, None))
+            later.append(Rows(sequence.slot, sequence.committed + len(feed), feed[:1], None))
+            sources.append((sources[-1] if sources else -1) + len(feed))
+        drawn = any(job.law is not None for job in jobs)
+        shape = for_steps(self._shape(later, longest=max(rows.length for rows in later) + most))
+        key = self._prepare_steps(shape, drawn)
+        steps.describe(jobs)
+        steps.layout.fill(later, shape, sources)
+        self.run(first)
+        steps.advance(self._decoder.logits, self._best, len(jobs), drawn=drawn, first=True)
+        steps.issued()
+
+        def issue() -> None:
+            self.graphs.again(key)
+            steps.issued()
+
+        return issue, steps
+
+    def _prepare(self, shape: Shape) -> None:
+        run = partial(self._decoder.kernels, self._layout, self._cache, shape, self._best)
+        self.graphs.prepare(shape, run, self._layout.clear)
+
+    def _prepare_steps(self, shape: Shape, drawn: bool) -> object:
+        """Capture a forward whose tokens are the next one's input, unless that was done; returns its key."""
+        steps, key = self._steps, ("drawn steps" if drawn else "steps", shape)
+
+        def run() -> None:
+            self._decoder.kernels(steps.layout, self._cache, shape, self._best)
+            steps.advance(self._decoder.logits, self._best, shape.rows, drawn=drawn)
+
+        if drawn:
+            steps.make_drawer()  # no memory may be asked for during a capture
+        if self.graphs.prepare(key, run, steps.layout.clear):
+            steps.restart()
+        return key
+
+    def _shape(self, batch: Sequence[Rows], longest: int = 0) -> Shape:
+        """The smallest shape that holds a batch. longest: positions that it must serve at least."""
+        counts = [len(rows.tokens) for rows in batch]
+        tokens = block_tokens(self._group, max(counts))
+        blocks = power_of_two(num_blocks(counts, tokens))
+        end = max(longest, *(rows.length + len(rows.tokens) for rows in batch))
+        return Shape(bucket(sum(counts)), min(blocks, MAX_ROWS), tokens, grid_chunks(end, self._head_dim))
+
+    def _long_block(self) -> int:
+        """Tokens of a block of query rows in long segments."""
+        return block_tokens(self._group, MAX_ROWS)
