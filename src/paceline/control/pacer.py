@@ -199,7 +199,7 @@ class Pacer(Controller):
         if record.drafter is not None:
             self._learn_acceptance(record, seconds)
         if not record.warmup:
-            if self._takes_lesson(batch, speculative):
+            if self._takes_lesson(batch, speculative) or (lane.arbiter.wants_plain and not speculative):
                 lag = running.offer.outlook.catch_up if running is not None else 0
                 self._learn_costs(record, rows, seconds, lag if speculative else -1)
                 if speculative and self._bank.is_short and self._costs.plain_is_stale:

@@ -14,8 +14,8 @@ from paceline.control.base import RoundContext
 from paceline.control.pacer import Pacer, PacerOptions
 from paceline.costs import CostTable, DraftCost
 from paceline.errors import OptionError
-from paceline.records import DraftFeatures, Outlook, Plan
-from unit.control.worlds import MS, linear, record, simulate, table
+from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
+from unit.control.worlds import MS, START, linear, record, simulate, table
 
 # The synthetic check of the control notes: draft step 3 ms, verification 20 + 0.8 (n - 1) ms, overhead 1 ms.
 CHECK = table(linear(20, 0.8), draft_ms=3, overhead_ms=1)
@@ -174,7 +174,7 @@ def test_a_batch_with_flat_cost_drafts() -> None:
 def test_those_who_draft_together_must_pay_for_the_shared_steps(drafting: int, agreed: bool) -> None:
     """A step of the draft takes as long for one as for all, and each was charged with its share only."""
     costs = CostTable([1, 256], [0], [[20 * MS, 21 * MS]], 0.0, {"draft": DraftCost(per_token=4 * MS)})
-    controller = pacer(costs)
+    controller = pacer(costs, start=8.0)
     controller._costs.overlap.serial = 0.0
     plans = [
         controller.plan(replace(context(Outlook("draft", 4), batch_size=16, other_rows=15), request_id=i)) for i in range(drafting)
@@ -258,6 +258,23 @@ def test_a_draft_that_turned_dear_is_dropped() -> None:
     assert run.ms_per_token < 20.0
 
 
+@pytest.mark.parametrize("earlier", range(4))
+def test_a_renewal_finds_the_new_price_of_a_plain_step_wherever_the_count_of_lessons_stands(earlier: int) -> None:
+    controller = pacer()
+    plain = CHECK.t_plain(100)
+
+    def step(factor: float) -> StepRecord:
+        return record(Plan(None, 0, ""), context_length=100, verify_seconds=factor * plain, round_seconds=factor * plain)
+
+    for _ in range(8 + earlier):
+        controller.observe(step(1.0))
+    lane = controller._lanes["", 1]
+    lane.arbiter.renew()
+    while lane.arbiter.wants_plain:
+        controller.observe(step(1.3))
+    assert controller._costs.plain(100) == pytest.approx(1.3 * plain)
+
+
 def test_costs_that_were_measured_too_low_are_corrected() -> None:
     told = check()
     told.verify = [[line[0], *(0.5 * ms for ms in line[1:])] for line in told.verify]
@@ -280,7 +297,7 @@ def test_costs_that_were_measured_too_low_are_corrected() -> None:
 def test_time_stays_within_the_bound_at_every_moment(
     data: st.DataObject, seed: int, first: float, slope: float, draft: float, overhead: float
 ) -> None:
-    """Adversarial acceptance and any costs up to the table's: never over (1 + eps) * plain time + eight plain steps."""
+    """Adversarial acceptance and any costs up to the table's: never over (1 + eps) * plain time + the start."""
     rng, costs = random.Random(seed), table(linear(first, slope), draft_ms=draft, overhead_ms=overhead)
     controller, plain = pacer(costs), first * MS
     moods = data.draw(st.lists(st.tuples(st.sampled_from((0.0, 0.3, 0.9, 1.0)), st.integers(1, 60)), min_size=1, max_size=8))
@@ -297,7 +314,7 @@ def test_time_stays_within_the_bound_at_every_moment(
             times = {"draft_seconds": drafting, "verify_seconds": verify, "round_seconds": seconds}
             controller.observe(record(plan, accepted, **times))
             time, tokens = time + seconds, tokens + accepted + 1
-            assert time <= 1.01 * plain * tokens + 8 * plain + 1e-9
+            assert time <= 1.01 * plain * tokens + START * plain + 1e-9
 
 
 @pytest.mark.parametrize("look", [0.1, 0.6, 4.0])
@@ -314,7 +331,7 @@ def test_looking_for_drafts_that_are_never_right_stays_within_the_bound(look: fl
         seconds = verify + drafting + (1 * MS if plan.num_draft else 0.0)
         controller.observe(record(plan, 0, draft_seconds=drafting, verify_seconds=verify, round_seconds=seconds))
         time += seconds
-        assert time <= 1.01 * plain * tokens + 8 * plain + look * MS + 1e-9
+        assert time <= 1.01 * plain * tokens + START * plain + look * MS + 1e-9
     assert late_looks > 0
     assert looks == 3000 if look < 0.2 else looks < 2500
 

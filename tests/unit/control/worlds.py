@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from paceline.control.base import Controller, RoundContext
+from paceline.control.pacer import PacerOptions
 from paceline.costs import CostTable, DraftCost
 from paceline.records import Outlook, Plan, StepRecord
 
 MS = 1e-3
+START = PacerOptions().start
+"""Plain steps that the time bank starts with."""
 
 
 def table(verify_ms: list[float], *, draft_ms: float = 0.0, overhead_ms: float = 0.0, drafter: str = "draft") -> CostTable:
@@ -49,7 +52,7 @@ class Run:
     seconds: float = 0.0
     tokens: int = 0
     least_slack: float = float("inf")
-    """(1 + eps) * plain time of all tokens + 8 plain steps - time, at its lowest; seconds."""
+    """(1 + eps) * plain time of all tokens + the start - time, at its lowest; seconds."""
     probes: int = 0
 
     @property
@@ -83,7 +86,7 @@ def simulate(
         run.seconds += seconds
         run.tokens += accepted + 1
         run.probes += plan.probe
-        run.least_slack = min(run.least_slack, 1.01 * plain * run.tokens + 8 * plain - run.seconds)
+        run.least_slack = min(run.least_slack, 1.01 * plain * run.tokens + START * plain - run.seconds)
         times = {"draft_seconds": draft, "verify_seconds": verify, "round_seconds": seconds}
         controller.observe(record(plan, accepted, **times))
     return run
