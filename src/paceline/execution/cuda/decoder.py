@@ -115,7 +115,10 @@ class Decoder:
             weight = weight.float() * norm.to(self._device)
         blocks = matrix.blocks() if format == "int4" and norm is None else None
         bias = None if bias is None else bias.to(self._device)
-        return PackedLinear(weight, format, bias=bias, blocks=blocks, tuning=self._tuning, **options)
+        linear = PackedLinear(weight, format, bias=bias, blocks=blocks, tuning=self._tuning, **options)
+        del weight
+        linear.settle()
+        return linear
 
     # ---------- up to 64 rows: kernels ----------
 
