@@ -19,6 +19,9 @@ from paceline.records import PLAIN, Draft, DraftFeatures, GenerationResult, Roun
 from paceline.sampling import CounterRandom, Purpose, SampledRows, draw_temperature
 from paceline.verification.registry import AUTO, choose_rule
 
+_HOTTEST = 2.0
+"""Temperatures up to here are told apart, in tenths: what a controller learns of requests of one says little about another."""
+
 
 @dataclass(frozen=True, slots=True)
 class StreamEvent:
@@ -55,7 +58,7 @@ class Request:
         self.num_prompt = len(self.tokens)
         self.params = params
         self.sequence = sequence
-        self.task = task
+        self.task = task if params.greedy else f"{task}@{min(params.temperature, _HOTTEST):.1f}"
         end_ids = frozenset(tokenizer.end_ids) if tokenizer is not None else frozenset()
         self._stop_ids = (frozenset() if params.ignore_eos else end_ids) | set(params.stop_token_ids)
         self._rule = rule

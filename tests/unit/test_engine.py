@@ -270,3 +270,12 @@ def test_rounds_in_which_a_runner_prepared_something_are_no_lesson() -> None:
     engine.runner.rounds = 1  # the prompt's pass comes on top
     result = engine.generate(PROMPT, SamplingParams(max_tokens=8))
     assert [step.warmup for step in result.steps] == [i in (0, 2) for i in range(8)]
+
+
+def test_controllers_learn_of_each_temperature_by_itself() -> None:
+    engine = make_engine("ngram")
+    tasks = []
+    for temperature in (0.0, 0.7, 1.04, 100.0):
+        result = engine.generate(PROMPT, SamplingParams(max_tokens=4, temperature=temperature, seed=1), task="chat")
+        tasks.append({step.task for step in result.steps})
+    assert tasks == [{"chat"}, {"chat@0.7"}, {"chat@1.0"}, {"chat@2.0"}]
