@@ -164,7 +164,7 @@ TABLE: dict[str, Entry] = {
         tree=True,
     ),
 }
-AUTO = ("suffix",)
+AUTO = ("suffix+tree",)
 """What `auto` stands for: needs neither a second model nor training, and docs/drafting.md says why it is that one."""
 
 
