@@ -304,7 +304,7 @@ class Pacer(Controller):
         if lane.purse.slack < loss * plain / context.batch_size:
             return False
         drafter = offer.outlook.drafter
-        doubt = self._acceptance.doubt(context.request_id, drafter, offer.rates[0], loss)
+        doubt = self._acceptance.doubt(context.request_id, drafter, offer.rates[0], loss + self.options.margin)
         return self._probes.due((context.task, drafter, offer.bucket, rows_bucket(context.batch_size)), self._tokens, loss, doubt)
 
     def _grant(self, context: RoundContext, offer: Offer, plain: float, lane: Lane, wanted: int, *, probe: bool) -> Plan:
