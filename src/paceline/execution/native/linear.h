@@ -76,40 +76,48 @@ static void put_acts(Acts *a, int kind, int k, int row, int at, const float *src
   }
 }
 
-INLINE void tile_fp32(const uint8_t *t, int k, const Acts *a, int row, const int m, v16 *y) {
+/* Unrolled, so that the sums of all rows stay in registers until a tile is done. */
+#define EACH_ROW(r, m) _Pragma("GCC unroll 8") for (int r = 0; r < m; r++)
+
+INLINE void tile_fp32(const uint8_t *t, int k, const Acts *a, int row, const int m, v16 *out) {
+  v16 y[8];
   const float *w = (const float *)t;
-  for (int r = 0; r < m; r++) y[r] = splat(0);
+  EACH_ROW(r, m) y[r] = splat(0);
   for (int i = 0; i < k; i++) {
     if (row == 0) fetch_ahead(t + 64 * (size_t)i, 1);
     v16 wi = load16(w + 16 * (size_t)i);
-    for (int r = 0; r < m; r++) y[r] = FMA(wi, splat(a->x[(size_t)(row + r) * k + i]), y[r]);
+    EACH_ROW(r, m) y[r] = FMA(wi, splat(a->x[(size_t)(row + r) * k + i]), y[r]);
   }
+  EACH_ROW(r, m) out[r] = y[r];
 }
 
-INLINE void tile_bf16(const uint8_t *t, int k, const Acts *a, int row, const int m, v16 *y) {
-  for (int r = 0; r < m; r++) y[r] = splat(0);
+INLINE void tile_bf16(const uint8_t *t, int k, const Acts *a, int row, const int m, v16 *out) {
+  v16 y[8];
+  EACH_ROW(r, m) y[r] = splat(0);
   for (int i = 0; i < k / 2; i++) {
     if (row == 0) fetch_ahead(t + 64 * (size_t)i, 1);
     v16i pair = *(const v16i *)(t + 64 * (size_t)i);
-    for (int r = 0; r < m; r++) {
+    EACH_ROW(r, m) {
       int32_t x;
       memcpy(&x, a->half + (size_t)(row + r) * k + 2 * i, 4);
       y[r] = dot2(y[r], pair, splat_i(x));
     }
   }
+  EACH_ROW(r, m) out[r] = y[r];
 }
 
-INLINE void tile_q8(const uint8_t *t, int k, const Acts *a, int row, const int m, v16 *y) {
+INLINE void tile_q8(const uint8_t *t, int k, const Acts *a, int row, const int m, v16 *out) {
+  v16 y[8];
   int groups = k / 32;
   const uint16_t *scales = (const uint16_t *)(t + (size_t)groups * 512);
-  for (int r = 0; r < m; r++) y[r] = splat(0);
+  EACH_ROW(r, m) y[r] = splat(0);
   const uint8_t *here = t;
   for (int g = 0; g < groups; g++, t += 512, here += 544) {
     if (row == 0) fetch_ahead(here, 9);
     v16 d = load_f16(scales + 16 * g);
     v64u w[8];
     for (int i = 0; i < 8; i++) w[i] = *(const v64u *)(t + 64 * i);
-    for (int r = 0; r < m; r++) {
+    EACH_ROW(r, m) {
       size_t at = (size_t)(row + r) * groups + g;
       const int8_t *x = a->q + 32 * at;
       v16i even = splat_i(-128 * a->isum[at]), odd = splat_i(0);
@@ -120,12 +128,14 @@ INLINE void tile_q8(const uint8_t *t, int k, const Acts *a, int row, const int m
       y[r] = FMA(d * splat(a->scale[at]), to_float(even + odd), y[r]);
     }
   }
+  EACH_ROW(r, m) out[r] = y[r];
 }
 
-INLINE void tile_q4(const uint8_t *t, int k, const Acts *a, int row, const int m, v16 *y) {
+INLINE void tile_q4(const uint8_t *t, int k, const Acts *a, int row, const int m, v16 *out) {
+  v16 y[8];
   int groups = k / 32;
   const uint16_t *scales = (const uint16_t *)(t + (size_t)groups * 256), *offsets = scales + (size_t)groups * 16;
-  for (int r = 0; r < m; r++) y[r] = splat(0);
+  EACH_ROW(r, m) y[r] = splat(0);
   const uint8_t *here = t;
   for (int g = 0; g < groups; g++, t += 256, here += 320) {
     if (row == 0) fetch_ahead(here, 5);
@@ -136,7 +146,7 @@ INLINE void tile_q4(const uint8_t *t, int k, const Acts *a, int row, const int m
       w[2 * i] = low_nibbles(v);
       w[2 * i + 1] = high_nibbles(v);
     }
-    for (int r = 0; r < m; r++) {
+    EACH_ROW(r, m) {
       size_t at = (size_t)(row + r) * groups + g;
       const int8_t *x = a->q + 32 * at;
       v16i even = splat_i(0), odd = splat_i(0);
@@ -148,7 +158,9 @@ INLINE void tile_q4(const uint8_t *t, int k, const Acts *a, int row, const int m
       y[r] = FMA(o, splat(a->sum[at]), y[r]);
     }
   }
+  EACH_ROW(r, m) out[r] = y[r];
 }
+
 
 #define TILE_CASE(M)                                                                            \
   case M:                                                                                       \
