@@ -34,7 +34,7 @@ from paceline.errors import OptionError
 from paceline.study.accounting import accounted
 from paceline.study.bench import OVERALL, PLAIN, Sample, summarise
 from paceline.study.charts import heat_chart
-from paceline.study.contest import Contestant, ReadOnce, TimedController, answered_by_all, hold, remembers
+from paceline.study.contest import Contestant, ReadOnce, answered_by_all, hold, remembers
 from paceline.study.environment import command, environment
 from paceline.study.prompts import WARM_UP, encode_prompt, encode_prompts, load_prompts
 from paceline.study.report import Recording, check_writable, sample_row, speed_panel, table, table_rows
@@ -71,7 +71,7 @@ def make_contestants(engines: Sequence[Engine], names: Sequence[str], shared: Re
     """A contestant for each name, on the engine of the same place or all on the only one."""
     engines = engines if len(engines) > 1 else [*engines] * len(names)
     return [
-        Contestant(name, engine, TimedController(make_controller(name, engine.costs)), shared, plain=name == PLAIN)
+        Contestant(name, engine, make_controller(name, engine.costs), shared, plain=name == PLAIN)
         for name, engine in zip(names, engines, strict=True)
     ]
 

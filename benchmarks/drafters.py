@@ -27,7 +27,7 @@ from paceline.errors import PacelineError
 from paceline.study.accounting import accounted
 from paceline.study.bench import OVERALL, PLAIN, Sample, summarise
 from paceline.study.charts import heat_chart
-from paceline.study.contest import Contestant, ReadOnce, TimedController, answered_by_all, hold
+from paceline.study.contest import Contestant, ReadOnce, answered_by_all, hold
 from paceline.study.environment import command, environment
 from paceline.study.methods import split_names
 from paceline.study.prompts import WARM_UP, BenchPrompt, encode_prompt, encode_prompts, load_prompts
@@ -92,7 +92,7 @@ def make_contestants(target: Target, drafters: Sequence[str], shared: ReadOnce, 
         except PacelineError as error:
             left_out[name] = str(error)
         else:
-            made.append(Contestant(name, engine, TimedController(engine.controller), shared, plain=name == PLAIN))
+            made.append(Contestant(name, engine, engine.controller, shared, plain=name == PLAIN))
     return made
 
 

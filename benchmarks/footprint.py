@@ -37,7 +37,7 @@ peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 info = engine.runner.info
 print(json.dumps({"load_seconds": loaded - started, "first_token_seconds": first_token - started, "peak_memory_gb": peak,
     "pacer_share": share, "precision": info.precision, "backend": info.backend, "weight_mb": info.weight_bytes / 1e6,
-    "plan_microseconds": 1e6 * sum(s.control_seconds for s in steps) / len(steps)}))
+    "pacer_microseconds": 1e6 * sum(s.control_seconds for s in steps) / len(steps)}))
 """
 
 

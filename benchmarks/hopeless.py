@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,6 +22,8 @@ from paceline.config import RunnerConfig, SamplingParams, SpeculationConfig
 from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec, DraftSession, KeepDrafting, SequenceView
 from paceline.engine import Engine
 from paceline.records import Draft, Outlook
+from paceline.study.accounting import accounted
+from paceline.study.bench import Sample
 from paceline.study.environment import command, environment
 from paceline.study.prompts import load_prompts
 from paceline.study.report import write_json
@@ -54,6 +57,14 @@ class RandomSession(DraftSession):
         return Draft(tuple(self._random.randrange(self._vocab_size) for _ in range(num_tokens)), drafter="random")
 
 
+def accounted_ratio(samples: Sequence[Sample]) -> float:
+    """Hopeless over plain seconds with every forward at its price over the whole run (`study.accounting`)."""
+    totals = {"plain": 0.0, "hopeless": 0.0}
+    for sample in accounted(samples):
+        totals[sample.method] += sample.accounted_seconds or 0.0
+    return totals["hopeless"] / totals["plain"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", required=True)
@@ -69,6 +80,7 @@ def main() -> None:
     engine.generate(prompts[0], SamplingParams(max_tokens=16), plain=True)
 
     rows: list[dict[str, Any]] = []
+    samples: list[Sample] = []
     for number, prompt in enumerate(track(prompts, "plain and hopeless")):
         seconds: dict[bool, list[float]] = {True: [], False: []}
         drafted = 0
@@ -76,6 +88,7 @@ def main() -> None:
             start = perf_counter()
             result = engine.generate(prompt, params, plain=plain, task="hopeless")
             seconds[plain].append(result.decode_seconds)
+            samples.append(Sample("plain" if plain else "hopeless", number, "", result))
             drafted += result.num_drafted
             assert perf_counter() - start >= result.decode_seconds
         rows.append({"prompt": number, "plain": seconds[True], "hopeless": seconds[False], "drafted": drafted})
@@ -90,13 +103,15 @@ def main() -> None:
         "plain_seconds": plain_total,
         "hopeless_seconds": hopeless_total,
         "ratio": hopeless_total / plain_total,
+        "accounted_ratio": accounted_ratio(samples),
         "median_ratio": statistics.median(statistics.mean(r["hopeless"]) / statistics.mean(r["plain"]) for r in rows),
         "drafted": sum(r["drafted"] for r in rows),
         "results": rows,
     }
     write_json(options.json, document)
     total, middle = document["ratio"], document["median_ratio"]
-    print(f"hopeless / plain = {total:.4f} (median of prompts {middle:.4f}), {document['drafted']} drafted")
+    even = document["accounted_ratio"]
+    print(f"hopeless / plain = {total:.4f} (accounted {even:.4f}, median of prompts {middle:.4f}), {document['drafted']} drafted")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ FOOTPRINT: Columns = (
     ("first token after s", "first_token_seconds", "{:.2f}"),
     ("peak memory GB", "peak_memory_gb", "{:.2f}"),
     ("weights MB", "weight_mb", "{:.1f}"),
-    ("pacer us a round", "plan_microseconds", "{:.0f}"),
+    ("pacer us a round", "pacer_microseconds", "{:.0f}"),
     ("pacer, share of a round", "pacer_share", "{:.2%}"),
 )
 REPLAY: Columns = (

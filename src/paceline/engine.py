@@ -61,6 +61,8 @@ class Engine:
         self._profile = profile
         self._tokenizer = tokenizer
         self._ids = count()
+        self._learning = 0.0
+        """Seconds that the controller took to learn from the last round: the coming one pays for them."""
 
     @classmethod
     def from_pretrained(
@@ -188,7 +190,7 @@ class Engine:
 
     def _round(self, requests: Sequence[Request], controller: Controller) -> list[StreamEvent]:
         """One draft-and-verify cycle of every request, in one forward of the target."""
-        started, prepared = perf_counter(), self._warmup_seconds()
+        started, prepared = perf_counter() - self._learning, self._warmup_seconds()
         steps, rows = self._draft(requests, controller)
 
         forward_started = perf_counter()
@@ -214,11 +216,18 @@ class Engine:
         events = []
         for request, step, (verdict, text, kept) in zip(requests, steps, outcomes, strict=True):
             record = request.record(step, verdict, kept, verify_seconds, ended - started, batch, warmup)
-            controller.observe(record)
             request.ended = ended
             new = tuple(request.tokens[len(request.tokens) - kept :]) if kept else ()
             events.append(StreamEvent(text, new, tuple(request.from_draft[len(request.from_draft) - kept :]), record))
+        self._learn(requests, controller)
         return events
+
+    def _learn(self, requests: Sequence[Request], controller: Controller) -> None:
+        """Show the controller the finished round. Plain decoding does without, so its requests are not charged for it."""
+        started = perf_counter()
+        for request in requests:
+            controller.observe(request.steps[-1])
+        self._learning = perf_counter() - started if requests[0].sessions else 0.0
 
     def _draft(self, requests: Sequence[Request], controller: Controller) -> tuple[list[Round], int]:
         """Plans and drafts of a round, and the rows of its forward. Drafters that can draft for all sequences at once do so."""
@@ -228,6 +237,7 @@ class Engine:
         rows = 0
         for later, request in zip(reversed(range(len(requests))), requests, strict=True):
             step = request.plan(controller, self.speculation.max_draft_tokens, len(requests), rows + later)
+            step.control_seconds += self._learning / len(requests)
             steps.append(step)
             job, name = request.job(step, controller), step.plan.drafter or ""
             if job is not None and name in together:
@@ -276,6 +286,7 @@ class Engine:
     def _open(self, jobs: Sequence[tuple[list[int], SamplingParams]], plain: bool, task: str) -> Iterator[list[Request]]:
         """Requests with their prompts in the cache, closed again whatever happens."""
         requests: list[Request] = []
+        self._learning = 0.0
         drafters = () if plain else self.drafters
         shared = not any(drafter.wants_hidden for drafter in drafters)  # a head must see the states of its own prompt
         try:

@@ -152,6 +152,7 @@ class StepRecord:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     control_seconds: float = 0.0
+    """Of the controller: to plan, to stop the draft, and to learn from the round before (`round_seconds` holds that, too)."""
     round_seconds: float = 0.0
     batch_size: int = 1
     batch_rows: int = 0

@@ -120,7 +120,12 @@ class Request:
             return None
 
         def keep_drafting(features: DraftFeatures) -> bool:
-            return controller.keep_drafting(self.id, features)
+            started = perf_counter()
+            more = controller.keep_drafting(self.id, features)
+            seconds = perf_counter() - started
+            step.control_seconds += seconds
+            step.draft_seconds -= seconds  # of which it is a part by the clock
+            return more
 
         return DraftJob(self.sessions[step.plan.drafter], step.plan.num_draft, keep_drafting)
 

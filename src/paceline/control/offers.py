@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from paceline.control.arbiter import Arbiter
 from paceline.control.bank import TimeBank
 from paceline.control.base import RoundContext
-from paceline.records import Outlook
+from paceline.records import Outlook, StepRecord
 
 
 @dataclass(slots=True)
@@ -53,6 +53,22 @@ class RunningDraft:
     """The part of that which its offer was charged with."""
     tokens_per_second: float = 0.0
     """Price of time in a batch."""
+
+
+@dataclass(slots=True)
+class Lesson:
+    """A finished round that is yet to be learnt from."""
+
+    record: StepRecord
+    lane: Lane
+    plain: float
+    """Seconds of a plain step."""
+    rows: int
+    """Of the whole forward."""
+    seconds: float
+    """The whole round; of a plain one without what looking for drafts took."""
+    lag: int
+    """Tokens that the draft's cache had to catch up; negative for a plain round."""
 
 
 def is_alone(context: RoundContext) -> bool:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
-from paceline.control.acceptance import AcceptanceModel, observed_labels, signal_bucket
+from paceline.control.acceptance import signal_bucket
 from paceline.control.bank import TimeBank
 from paceline.control.base import Controller, RoundContext
-from paceline.control.confidence import Calibrated
-from paceline.control.offers import Lane, Offer, RunningDraft, base_rows, batch_price, is_alone
-from paceline.control.pricing import LearnedCosts, best_net, best_ratio, node_rates, round_seconds, rows_bucket, worth_another
+from paceline.control.offers import Lane, Lesson, Offer, RunningDraft, base_rows, batch_price, is_alone
+from paceline.control.pricing import LearnedCosts, best_net, best_ratio, round_seconds, rows_bucket, worth_another
 from paceline.control.probing import ProbeSchedule
+from paceline.control.quality import DraftQuality
 from paceline.costs import CostTable
 from paceline.errors import OptionError
 from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
@@ -43,6 +43,8 @@ _LEAST_ROW = 0.002
 _CALIBRATED = 64
 _LESSON, _SETTLED = 4, 32
 """Rounds of a kind of which one teaches costs, once that many have: a lesson takes longer than what it tells is worth then."""
+_TOGETHER = 4
+"""Finished rounds that are taken in at once: what runs after a forward finds cold caches, so several cost little more than one."""
 _TRIAL = 32
 """Tokens after which a plain step must be priced; until then rounds are charged by what was measured at another time."""
 _DOUBLE_PROOF = 0.1
@@ -80,8 +82,7 @@ class Pacer(Controller):
     def __init__(self, options: PacerOptions, costs: CostTable) -> None:
         self.options = options
         self._costs = LearnedCosts(costs)
-        self._acceptance = AcceptanceModel()
-        self._confident: dict[str, Calibrated] = {}
+        self._quality = DraftQuality()
         self._bank = TimeBank(options.eps, options.start, options.cap)
         self._probes = ProbeSchedule()
         self._lanes: dict[tuple[str, int], Lane] = {}
@@ -90,9 +91,13 @@ class Pacer(Controller):
         """Token count until which a request of a batch, for which nothing paid clearly enough, is not priced again."""
         self._read: set[str] = set()
         """Drafters that were lent the time to read a prompt."""
-        self._widths: dict[str, float] = {}
-        """Nodes a level of drafters that propose trees."""
         self._tokens = 0
+        self._finished: list[StepRecord] = []
+        """Plain rounds that are yet to be settled."""
+        self._lessons: list[Lesson] = []
+        """Settled rounds that are yet to be learnt from."""
+        self._renewing = False
+        """The running round is to tell the price of a plain step."""
         self._rounds = [0, 0]
         """Plain and speculative rounds of single sequences."""
         self._saving_for = 0.0
@@ -121,6 +126,8 @@ class Pacer(Controller):
         plain = self._costs.plain(context.context_length, context.batch_size)
         lane = self._lane(context.task, context.batch_size, plain)
         if lane.arbiter.wants_plain or self._needs_plain(context.batch_size):
+            self._take_in()  # what came before says nothing of the machine as it is now
+            self._renewing = True
             return Plan(None, 0, "plain: renewing the price of a plain step", 1.0, plain)
         best = self._offer(context, able[0], plain, lane)
         others: list[Offer] = []
@@ -167,19 +174,37 @@ class Pacer(Controller):
         offer = running.offer
         drafter = offer.outlook.drafter
         if running.price == 0.0:
-            self._states_confidence(drafter).asks = True
+            self._quality.states_confidence(drafter).asks = True
             return True
-        running.survival *= self._confident[drafter].model.chance(features.position, features.max_prob)
+        running.survival *= self._quality.states_confidence(drafter).model.chance(features.position, features.max_prob)
         return worth_another(running.survival, features.position, offer.rates, offer.seconds, running.price)
 
     def observe(self, record: StepRecord) -> None:
+        self._tokens += record.num_emitted
+        speculative = record.drafter is not None or record.batch_rows > record.batch_size
+        self._finished.append(record)
+        if speculative or self._renewing or self._bank.is_short or record.batch_size > 1 or len(self._finished) >= _TOGETHER:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        """Settle all finished rounds, and learn from them when there is enough to learn."""
+        finished, self._finished, self._renewing = self._finished, [], False
+        for record in finished:
+            self._settle(record)
+        last = self._lessons[-1] if self._lessons else None
+        if last is not None and (
+            last.lag < 0 or last.record.probe or last.record.batch_size > 1 or len(self._lessons) >= _TOGETHER
+        ):
+            self._learn()
+
+    def _settle(self, record: StepRecord) -> None:
+        """Charge a finished round to the banks, and keep it as a lesson."""
         batch = record.batch_size
         plain = self._costs.plain(record.context_length, batch)
         lane = self._lane(record.task, batch, plain)
         rows = record.batch_rows or record.num_drafted + 1
         seconds = record.round_seconds or record.verify_seconds + record.draft_seconds
         steps = record.num_emitted / batch
-        self._tokens += record.num_emitted
         running = self._running.pop(record.request_id, None)
         speculative = record.drafter is not None or rows > batch
         if speculative:
@@ -197,12 +222,21 @@ class Pacer(Controller):
             self._saving_for = max(self._saving_for, min(_SAVED, self.options.cap) * plain)
         elif self._bank.slack >= self._saving_for:
             self._saving_for = 0.0
-        if record.drafter is not None:
-            self._learn_acceptance(record, seconds)
-        if not record.warmup:
+        lag = running.offer.outlook.catch_up if running is not None else 0
+        self._lessons.append(Lesson(record, lane, plain, rows, seconds, lag if speculative else -1))
+
+    def _learn(self) -> None:
+        """Learn from the rounds that were kept for it."""
+        lessons, self._lessons = self._lessons, []
+        for lesson in lessons:
+            record, lane, plain, seconds = lesson.record, lesson.lane, lesson.plain, lesson.seconds
+            batch, speculative = record.batch_size, lesson.lag >= 0
+            if record.drafter is not None:
+                self._learn_quality(record, seconds)
+            if record.warmup:
+                continue
             if self._takes_lesson(batch, speculative) or (lane.arbiter.wants_plain and not speculative):
-                lag = running.offer.outlook.catch_up if running is not None else 0
-                self._learn_costs(record, rows, seconds, lag if speculative else -1)
+                self._learn_costs(lesson)
                 if speculative and self._bank.is_short and self._costs.plain_is_stale:
                     lane.arbiter.renew()
             lane.arbiter.observe(plain / batch, record.num_emitted, seconds / batch, speculative)
@@ -217,8 +251,29 @@ class Pacer(Controller):
         self._rounds[speculative] = count = self._rounds[speculative] + 1
         return count % _LESSON == 0 or (count <= _SETTLED if speculative else not self._costs.knows_plain(batch))
 
+    def _learn_quality(self, record: StepRecord, seconds: float) -> None:
+        assert record.drafter is not None  # the caller asked
+        told = self._quality.learn(record, seconds, self._tokens)
+        key = (record.task, record.drafter, signal_bucket(record.signal), rows_bucket(record.batch_size))
+        if not record.probe:
+            self._probes.pays(key, self._tokens)
+        elif told:
+            self._probes.probed(key, self._tokens, accepted=record.num_accepted > 0)
+
+    def _learn_costs(self, lesson: Lesson) -> None:
+        record, costs = lesson.record, self._costs
+        batch, context = record.batch_size, record.context_length
+        if lesson.lag >= 0:
+            costs.learn_speculative(record, lesson.rows, lesson.seconds, lesson.lag)
+            return
+        costs.learn_plain(context, batch, lesson.seconds, record.verify_seconds)
+        if costs.knows_plain(batch):
+            self._bank.correct_start(costs.plain(context, batch))
+
     def finish(self, request_id: int) -> None:
-        self._acceptance.forget(request_id)
+        self._take_in()
+        self._learn()
+        self._quality.forget(request_id)
         self._running.pop(request_id, None)
         self._resting.pop(request_id, None)
 
@@ -226,33 +281,16 @@ class Pacer(Controller):
         self.options = replace(self.options, explain=True)
 
     def calibration(self) -> list[dict[str, Any]]:
-        """Reliability diagrams as rows: predicted and observed acceptance of each drafter that states its confidence."""
-        return [
-            {"drafter": drafter, "predicted": round(b.predicted, 3), "accepted": round(b.accepted, 3), "labels": b.labels}
-            for drafter, confident in self._confident.items()
-            for b in confident.model.reliability()
-        ]
+        """See `DraftQuality.calibration`."""
+        return self._quality.calibration()
 
     def snapshot(self) -> dict[str, Any]:
-        """What was learnt about acceptance, as plain data for a stored profile."""
-        curves = {drafter: confident.model.snapshot() for drafter, confident in self._confident.items()}
-        return {"version": 1, "acceptance": self._acceptance.snapshot(), "confidence": curves}
+        """What was learnt about drafts, for a stored profile."""
+        return self._quality.snapshot()
 
     def restore(self, data: dict[str, Any]) -> None:
-        """Begin with a stored profile. Raises KeyError, TypeError or ValueError on data that `snapshot` did not write."""
-        if data["version"] != 1:
-            raise ValueError(f"pacer profile: version {data['version']!r} is unknown, expected 1")
-        confident = {drafter: Calibrated() for drafter in data["confidence"]}
-        for drafter, curve in data["confidence"].items():
-            confident[drafter].model.restore(curve)
-        self._acceptance.restore(data["acceptance"])
-        self._confident.update(confident)
-
-    def _states_confidence(self, drafter: str) -> Calibrated:
-        confident = self._confident.get(drafter)
-        if confident is None:
-            confident = self._confident[drafter] = Calibrated()
-        return confident
+        """See `DraftQuality.restore`."""
+        self._quality.restore(data)
 
     def _lane(self, task: str, batch: int, plain: float) -> Lane:
         key = (task, rows_bucket(batch))
@@ -268,9 +306,7 @@ class Pacer(Controller):
         """Price all lengths of one drafter and take the best."""
         costs, drafter, bucket = self._costs, outlook.drafter, signal_bucket(outlook.signal)
         limit = min(context.max_draft, outlook.available)
-        rates = self._acceptance.rates(context.request_id, context.task, drafter, bucket, limit)
-        if (width := self._widths.get(drafter, 1.0)) > 1.0:
-            rates = node_rates(rates, width)
+        rates = self._quality.rates(context.request_id, context.task, drafter, bucket, limit)
         curve = costs.learnt(base_rows(context), limit, context.context_length)
         line, rest, alone = costs.line(drafter), costs.rest, is_alone(context)
         if alone:
@@ -292,7 +328,7 @@ class Pacer(Controller):
             price = batch_price(context, plain, lane)
             num_draft, emitted = best_net(rates, seconds, price)
             merit = emitted - price * (seconds[num_draft] - curve[0])
-        confident = self._confident.get(drafter)
+        confident = self._quality.confidence(drafter)
         if confident is not None:
             merit *= confident.delivered.factor
         return Offer(outlook, bucket, rates, seconds, num_draft, emitted, merit)
@@ -304,13 +340,13 @@ class Pacer(Controller):
         if lane.purse.slack < loss * plain / context.batch_size:
             return False
         drafter = offer.outlook.drafter
-        doubt = self._acceptance.doubt(context.request_id, drafter, offer.rates[0], loss + self.options.margin)
+        doubt = self._quality.doubt(context.request_id, drafter, offer.rates[0], loss + self.options.margin)
         return self._probes.due((context.task, drafter, offer.bucket, rows_bucket(context.batch_size)), self._tokens, loss, doubt)
 
     def _grant(self, context: RoundContext, offer: Offer, plain: float, lane: Lane, wanted: int, *, probe: bool) -> Plan:
         """Let the bank shorten or refuse the draft, and write the plan."""
         drafter = offer.outlook.drafter
-        confident = self._confident.get(drafter)
+        confident = self._quality.confidence(drafter)
         stops = confident is not None and confident.asks and confident.model.labels >= _CALIBRATED and not probe
         self._lend_reading(offer, plain, lane)
         num_draft = self._affordable(context, offer, plain, len(offer.rates) if stops else wanted)
@@ -369,35 +405,6 @@ class Pacer(Controller):
         if record.drafter is not None:
             worst += record.batch_size * self._costs.line(record.drafter).worst(record.num_drafted)
         return max(1.0 + 2.0 * self._costs.deviation, _SUSPECT) * worst if worst > 0.0 else inf
-
-    def _learn_acceptance(self, record: StepRecord, seconds: float) -> None:
-        assert record.drafter is not None  # the caller asked
-        drafter, bucket = record.drafter, signal_bucket(record.signal)
-        labels = observed_labels(record)
-        self._acceptance.update(record.request_id, record.task, drafter, bucket, labels, self._tokens)
-        if 0 < record.num_levels < record.num_drafted or drafter in self._widths:
-            width = record.num_drafted / max(record.num_levels, 1)
-            self._widths[drafter] = 0.9 * self._widths.get(drafter, width) + 0.1 * width
-        if record.confidences:
-            confident = self._states_confidence(drafter)
-            confident.model.update(record.confidences, labels)
-            if confident.asks and record.batch_size == 1 and not (record.truncated or record.warmup or record.probe):
-                confident.delivered.update(record, seconds)
-        key = (record.task, drafter, bucket, rows_bucket(record.batch_size))
-        if not record.probe:
-            self._probes.pays(key, self._tokens)
-        elif labels:
-            self._probes.probed(key, self._tokens, accepted=record.num_accepted > 0)
-
-    def _learn_costs(self, record: StepRecord, rows: int, seconds: float, lag: int) -> None:
-        """lag: catch-up of a speculative round; negative for a plain one."""
-        batch, costs, context = record.batch_size, self._costs, record.context_length
-        if lag >= 0:
-            costs.learn_speculative(record, rows, seconds, lag)
-            return
-        costs.learn_plain(context, batch, seconds, record.verify_seconds)
-        if costs.knows_plain(batch):
-            self._bank.correct_start(costs.plain(context, batch))
 
     def _why_plain(self, offer: Offer, plain: float) -> str:
         if not self.options.explain:

@@ -1,4 +1,4 @@
-"""Contestants of one comparison: they share a target and read each prompt once, and their controllers' whole time is charged.
+"""Contestants of one comparison: they share a target and read each prompt once.
 
 `hold` answers all prompts by all contestants, in rotating order, as often as wished; each repeat begins anew, so that nothing
 which a drafter or a controller remembers from an earlier repeat helps it.
@@ -9,70 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from time import perf_counter
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from paceline.config import SamplingParams
-from paceline.control.base import Controller, RoundContext
+from paceline.control.base import Controller
 from paceline.drafting.base import Drafter
 from paceline.engine import Engine
 from paceline.execution.base import Runner, SequenceHandle, prefill
-from paceline.records import DraftFeatures, GenerationResult, Plan, StepRecord
+from paceline.records import GenerationResult
 from paceline.study.bench import Sample, run
 from paceline.study.prompts import BenchPrompt
 
 _WARM_UP_TOKENS = 16
-
-
-class TimedController(Controller):
-    """Decides as another controller does, and counts what the engine's records lack: stopping drafts, and learning."""
-
-    def __init__(self, inner: Controller) -> None:
-        self.name = inner.name
-        self.inner = inner
-        self._stopping = 0.0
-        """Seconds since the last round."""
-        self._rounds: list[tuple[float, float]] = []
-        """Seconds of stopping and of learning of each round since the last answer."""
-
-    def plan_unseen(self, task: str, batch_size: int) -> Plan | None:
-        return self.inner.plan_unseen(task, batch_size)
-
-    def plan(self, context: RoundContext) -> Plan:
-        return self.inner.plan(context)
-
-    def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
-        started = perf_counter()
-        more = self.inner.keep_drafting(request_id, features)
-        self._stopping += perf_counter() - started
-        return more
-
-    def observe(self, record: StepRecord) -> None:
-        started = perf_counter()
-        self.inner.observe(record)
-        self._rounds.append((self._stopping, perf_counter() - started))
-        self._stopping = 0.0
-
-    def finish(self, request_id: int) -> None:
-        self.inner.finish(request_id)
-
-    def charge(self, result: GenerationResult) -> GenerationResult:
-        """An answer of one sequence with all of the controller's time in `control_seconds`: stopping drafts is taken out of
-        `draft_seconds`, learning is added to `round_seconds`.
-        """
-        rounds, self._rounds = self._rounds, []
-        steps = (
-            replace(
-                step,
-                draft_seconds=step.draft_seconds - stopping,
-                control_seconds=step.control_seconds + stopping + learning,
-                round_seconds=step.round_seconds + learning,
-            )
-            for step, (stopping, learning) in zip(result.steps, rounds, strict=True)
-        )
-        return replace(result, steps=tuple(steps))
 
 
 class ReadOnce:
@@ -109,7 +59,7 @@ class Contestant:
 
     name: str
     engine: Engine
-    controller: TimedController
+    controller: Controller
     shared: ReadOnce
     plain: bool = False
 
@@ -117,7 +67,7 @@ class Contestant:
         """Answer one prompt with this contestant's controller and the engine's drafters."""
         self.engine.controller = self.controller
         with self._prompt_read(prompt_ids):
-            return self.controller.charge(self.engine.generate(list(prompt_ids), params, plain=self.plain, task=task))
+            return self.engine.generate(list(prompt_ids), params, plain=self.plain, task=task)
 
     @contextmanager
     def _prompt_read(self, prompt_ids: Sequence[int]) -> Iterator[None]:

@@ -268,9 +268,11 @@ def test_a_renewal_finds_the_new_price_of_a_plain_step_wherever_the_count_of_les
 
     for _ in range(8 + earlier):
         controller.observe(step(1.0))
+    controller._take_in()
     lane = controller._lanes["", 1]
     lane.arbiter.renew()
     while lane.arbiter.wants_plain:
+        assert controller.plan(context(DRAFT)).reason == "plain: renewing the price of a plain step"
         controller.observe(step(1.3))
     assert controller._costs.plain(100) == pytest.approx(1.3 * plain)
 
@@ -427,9 +429,10 @@ def test_a_restored_calibration_goes_on_learning() -> None:
     for _ in range(100):
         confident_round(taught, [0.9] * 10, 8)
     fresh.restore(taught.snapshot())
-    before = fresh._confident["draft"].model.labels
-    confident_round(fresh, [0.9] * 10, 8)
-    assert fresh._confident["draft"].model.labels > before > 64
+    before = fresh._quality.states_confidence("draft").model.labels
+    for _ in range(4):  # rounds are taken in together
+        confident_round(fresh, [0.9] * 10, 8)
+    assert fresh._quality.states_confidence("draft").model.labels > before > 64
 
 
 def test_calibration_rows_compare_predicted_with_observed() -> None:
@@ -467,7 +470,7 @@ def test_finished_requests_leave_nothing_behind() -> None:
         play(controller, 2, request_id=request)
         controller.finish(request)
     assert not controller._running
-    assert not controller._acceptance._requests
+    assert not controller._quality._acceptance._requests
 
 
 def test_reasons_say_what_was_expected() -> None:

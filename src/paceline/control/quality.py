@@ -1,0 +1,83 @@
+"""What the pacer has learnt of drafts: how often their tokens are accepted, how well they know it, and how wide their trees are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paceline.control.acceptance import AcceptanceModel, observed_labels, signal_bucket
+from paceline.control.confidence import Calibrated
+from paceline.control.pricing import node_rates
+from paceline.records import StepRecord
+
+
+class DraftQuality:
+    """Estimates of all drafters, from finished rounds."""
+
+    def __init__(self) -> None:
+        self._acceptance = AcceptanceModel()
+        self._confident: dict[str, Calibrated] = {}
+        self._widths: dict[str, float] = {}
+        """Nodes a level of drafters that propose trees."""
+
+    def rates(self, request_id: int, task: str, drafter: str, bucket: int, count: int) -> list[float]:
+        """Chances a_1 .. a_count of positions, or of a tree's nodes in their order, given that those before were accepted."""
+        rates = self._acceptance.rates(request_id, task, drafter, bucket, count)
+        width = self._widths.get(drafter, 1.0)
+        return node_rates(rates, width) if width > 1.0 else rates
+
+    def doubt(self, request_id: int, drafter: str, rate: float, gap: float) -> float:
+        """See `AcceptanceModel.doubt`."""
+        return self._acceptance.doubt(request_id, drafter, rate, gap)
+
+    def confidence(self, drafter: str) -> Calibrated | None:
+        """What is known of a drafter that states how sure it is; None of another one."""
+        return self._confident.get(drafter)
+
+    def states_confidence(self, drafter: str) -> Calibrated:
+        """As `confidence`, of a drafter that does so from now on."""
+        confident = self._confident.get(drafter)
+        if confident is None:
+            confident = self._confident[drafter] = Calibrated()
+        return confident
+
+    def learn(self, record: StepRecord, seconds: float, now: int) -> bool:
+        """Count a round with a draft of `seconds`; now: tokens emitted so far. Whether it said something about acceptance."""
+        drafter = record.drafter or ""
+        labels = observed_labels(record)
+        self._acceptance.update(record.request_id, record.task, drafter, signal_bucket(record.signal), labels, now)
+        if 0 < record.num_levels < record.num_drafted or drafter in self._widths:
+            width = record.num_drafted / max(record.num_levels, 1)
+            self._widths[drafter] = 0.9 * self._widths.get(drafter, width) + 0.1 * width
+        if record.confidences:
+            confident = self.states_confidence(drafter)
+            confident.model.update(record.confidences, labels)
+            if confident.asks and record.batch_size == 1 and not (record.truncated or record.warmup or record.probe):
+                confident.delivered.update(record, seconds)
+        return len(labels) > 0
+
+    def forget(self, request_id: int) -> None:
+        """The request ended."""
+        self._acceptance.forget(request_id)
+
+    def calibration(self) -> list[dict[str, Any]]:
+        """Reliability diagrams as rows: predicted and observed acceptance of each drafter that states its confidence."""
+        return [
+            {"drafter": drafter, "predicted": round(b.predicted, 3), "accepted": round(b.accepted, 3), "labels": b.labels}
+            for drafter, confident in self._confident.items()
+            for b in confident.model.reliability()
+        ]
+
+    def snapshot(self) -> dict[str, Any]:
+        """As plain data for a stored profile."""
+        curves = {drafter: confident.model.snapshot() for drafter, confident in self._confident.items()}
+        return {"version": 1, "acceptance": self._acceptance.snapshot(), "confidence": curves}
+
+    def restore(self, data: dict[str, Any]) -> None:
+        """Begin with a stored profile. Raises KeyError, TypeError or ValueError on data that `snapshot` did not write."""
+        if data["version"] != 1:
+            raise ValueError(f"pacer profile: version {data['version']!r} is unknown, expected 1")
+        confident = {drafter: Calibrated() for drafter in data["confidence"]}
+        for drafter, curve in data["confidence"].items():
+            confident[drafter].model.restore(curve)
+        self._acceptance.restore(data["acceptance"])
+        self._confident.update(confident)
