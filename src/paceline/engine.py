@@ -212,10 +212,10 @@ class Engine:
 
         ended = perf_counter()
         batch = (len(requests), rows, sum(kept for _, _, kept in outcomes))
-        warmup = self._warmup_seconds() > prepared
+        warmup = self._warmup_seconds() - prepared  # done once: plain decoding has its own
         events = []
         for request, step, (verdict, text, kept) in zip(requests, steps, outcomes, strict=True):
-            record = request.record(step, verdict, kept, verify_seconds, ended - started, batch, warmup)
+            record = request.record(step, verdict, kept, verify_seconds, ended - started - warmup, batch, warmup > 0.0)
             request.ended = ended
             new = tuple(request.tokens[len(request.tokens) - kept :]) if kept else ()
             events.append(StreamEvent(text, new, tuple(request.from_draft[len(request.from_draft) - kept :]), record))

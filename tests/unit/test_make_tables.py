@@ -136,7 +136,7 @@ def test_answers_that_differ_are_counted_with_their_margin(script: ModuleType) -
 
 
 def test_promises_of_cost_are_shown(script: ModuleType) -> None:
-    start = {"load_seconds": 2.0, "first_token_seconds": 2.5, "peak_memory_gb": 0.5, "weight_mb": 96.0, "plan_microseconds": 40.0}
+    start = {"load_seconds": 2.0, "first_token_seconds": 2.5, "peak_memory_gb": 0.5, "weight_mb": 96.0, "pacer_microseconds": 40.0}
     start |= {"pacer_share": 0.002, "precision": "int4", "backend": "native"}
     common = {"environment": MACHINE, "command": "a script"}
     footprint = common | {"cold": start | {"load_seconds": 15.0}, "runs": [start] * 3, "median": start}

@@ -64,12 +64,13 @@ class TimeBank:
         self.granted += loss
         return True
 
-    def settle_plain(self, plain_seconds: float, num_emitted: float = 1.0, looking: float = 0.0) -> None:
-        """A plain round: its time is plain time by definition, and its tokens add their share of eps.
+    def settle_plain(self, plain_seconds: float, num_emitted: float = 1.0, looking: float = 0.0, rounds: float = 1.0) -> None:
+        """Plain rounds: their time is plain time by definition, and their tokens add their share of eps.
 
         looking: seconds spent on deciding against a draft. They are speculation's own loss: who finds the bank empty stops looking.
         """
-        self._settle(self._eps * plain_seconds * num_emitted - min(looking, _LONGEST_LOOK * plain_seconds), plain_seconds)
+        looking = min(looking, _LONGEST_LOOK * plain_seconds * rounds)
+        self._settle(self._eps * plain_seconds * num_emitted - looking, plain_seconds)
 
     def settle(self, plain_seconds: float, num_emitted: float, seconds: float, ceiling: float = inf, weight: float = 1.0) -> None:
         """A speculative round of `seconds` that emitted `num_emitted` tokens, each worth a plain step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from paceline.control.arbiter import Arbiter
@@ -57,18 +58,49 @@ class RunningDraft:
 
 @dataclass(slots=True)
 class Lesson:
-    """A finished round that is yet to be learnt from."""
+    """A finished round, or plain rounds alike as one, that is yet to be learnt from. Of a batch, a sequence's part of it."""
 
     record: StepRecord
+    """The last one."""
     lane: Lane
     plain: float
     """Seconds of a plain step."""
     rows: int
     """Of the whole forward."""
     seconds: float
-    """The whole round; of a plain one without what looking for drafts took."""
-    lag: int
-    """Tokens that the draft's cache had to catch up; negative for a plain round."""
+    """A whole round; of a plain one without what looking for drafts took."""
+    verify_seconds: float
+    emitted: int
+    """Tokens of all that it stands for."""
+    rounds: float
+    lag: int | None = None
+    """Tokens that the draft's cache had to catch up; None for plain rounds."""
+
+    @property
+    def is_pressing(self) -> bool:
+        """It should not wait for others."""
+        return self.lag is None or self.record.probe or self.record.batch_size > 1
+
+
+def is_speculative(record: StepRecord) -> bool:
+    """Whether it, or another sequence of its batch, drafted in the round."""
+    return record.drafter is not None or record.batch_rows > record.batch_size
+
+
+def alike(records: Sequence[StepRecord]) -> Iterator[list[StepRecord]]:
+    """Runs of plain rounds of one task and batch size; a speculative round is a run of its own."""
+    run: list[StepRecord] = []
+    for record in records:
+        if run and (is_speculative(record) or is_speculative(run[-1]) or not _same_kind(record, run[-1])):
+            yield run
+            run = []
+        run.append(record)
+    if run:
+        yield run
+
+
+def _same_kind(one: StepRecord, other: StepRecord) -> bool:
+    return one.batch_size == other.batch_size and one.task == other.task and one.warmup == other.warmup
 
 
 def is_alone(context: RoundContext) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 from paceline.control.acceptance import signal_bucket
 from paceline.control.bank import TimeBank
 from paceline.control.base import Controller, RoundContext
-from paceline.control.offers import Lane, Lesson, Offer, RunningDraft, base_rows, batch_price, is_alone
+from paceline.control.offers import Lane, Lesson, Offer, RunningDraft, alike, base_rows, batch_price, is_alone, is_speculative
 from paceline.control.pricing import LearnedCosts, best_net, best_ratio, round_seconds, rows_bucket, worth_another
 from paceline.control.probing import ProbeSchedule
 from paceline.control.quality import DraftQuality
@@ -98,8 +98,8 @@ class Pacer(Controller):
         """Settled rounds that are yet to be learnt from."""
         self._renewing = False
         """The running round is to tell the price of a plain step."""
-        self._rounds = [0, 0]
-        """Plain and speculative rounds of single sequences."""
+        self._drafted_rounds = 0
+        """Speculative rounds of single sequences."""
         self._saving_for = 0.0
         """Seconds that the bank must hold before drafts are looked for again; 0: it was neither empty nor too poor for a draft."""
 
@@ -181,24 +181,33 @@ class Pacer(Controller):
 
     def observe(self, record: StepRecord) -> None:
         self._tokens += record.num_emitted
-        speculative = record.drafter is not None or record.batch_rows > record.batch_size
         self._finished.append(record)
-        if speculative or self._renewing or self._bank.is_short or record.batch_size > 1 or len(self._finished) >= _TOGETHER:
+        due = record.batch_size if record.batch_size > 1 else _TOGETHER
+        if self._saving_for > 0.0:  # nothing is drafted before the bank has saved some rounds anyway
+            due *= 4
+        elif self._renewing or self._bank.is_short:
+            due = record.batch_size
+        if len(self._finished) >= due or is_speculative(record):
             self._take_in()
 
     def _take_in(self) -> None:
         """Settle all finished rounds, and learn from them when there is enough to learn."""
         finished, self._finished, self._renewing = self._finished, [], False
-        for record in finished:
-            self._settle(record)
-        last = self._lessons[-1] if self._lessons else None
-        if last is not None and (
-            last.lag < 0 or last.record.probe or last.record.batch_size > 1 or len(self._lessons) >= _TOGETHER
-        ):
+        for rounds in alike(finished):
+            if is_speculative(rounds[0]):
+                self._settle(rounds[0])
+            else:
+                self._settle_plain(rounds)
+            if self._bank.slack <= 0.0:
+                plain = self._lessons[-1].plain
+                self._saving_for = max(self._saving_for, min(_SAVED, self.options.cap) * plain)
+            elif self._bank.slack >= self._saving_for:
+                self._saving_for = 0.0
+        if self._lessons and (self._lessons[-1].is_pressing or len(self._lessons) >= _TOGETHER):
             self._learn()
 
     def _settle(self, record: StepRecord) -> None:
-        """Charge a finished round to the banks, and keep it as a lesson."""
+        """Charge a speculative round to the banks, and keep it as a lesson."""
         batch = record.batch_size
         plain = self._costs.plain(record.context_length, batch)
         lane = self._lane(record.task, batch, plain)
@@ -206,31 +215,34 @@ class Pacer(Controller):
         seconds = record.round_seconds or record.verify_seconds + record.draft_seconds
         steps = record.num_emitted / batch
         running = self._running.pop(record.request_id, None)
-        speculative = record.drafter is not None or rows > batch
-        if speculative:
-            ceiling = self._ceiling(record, rows)
-            charged = min(seconds, ceiling) if record.warmup else seconds
-            self._bank.settle(plain, steps, charged / batch, ceiling / batch, 1.0 / batch)
-            lane.purse.settle(plain, steps, min(seconds, ceiling) / batch)
-        else:
-            # Looking for drafts and deciding against them is speculation's own cost.
-            looking = record.draft_seconds + record.control_seconds
-            seconds = max(seconds - batch * looking, record.verify_seconds)
-            self._bank.settle_plain(plain, steps, looking)
-            lane.purse.settle_plain(plain, steps)
-        if self._bank.slack <= 0.0:
-            self._saving_for = max(self._saving_for, min(_SAVED, self.options.cap) * plain)
-        elif self._bank.slack >= self._saving_for:
-            self._saving_for = 0.0
+        ceiling = self._ceiling(record, rows)
+        charged = min(seconds, ceiling) if record.warmup else seconds
+        self._bank.settle(plain, steps, charged / batch, ceiling / batch, 1.0 / batch)
+        lane.purse.settle(plain, steps, min(seconds, ceiling) / batch)
         lag = running.offer.outlook.catch_up if running is not None else 0
-        self._lessons.append(Lesson(record, lane, plain, rows, seconds, lag if speculative else -1))
+        self._lessons.append(
+            Lesson(record, lane, plain, rows, seconds, record.verify_seconds, record.num_emitted, 1.0 / batch, lag)
+        )
+
+    def _settle_plain(self, records: Sequence[StepRecord]) -> None:
+        """As `_settle`, of plain rounds alike. Looking for drafts and deciding against them is speculation's own cost."""
+        last = records[-1]
+        batch, emitted, rounds = last.batch_size, sum(r.num_emitted for r in records), len(records) / last.batch_size
+        plain = self._costs.plain(last.context_length, batch)
+        lane = self._lane(last.task, batch, plain)
+        looking = sum(r.draft_seconds + r.control_seconds for r in records)
+        self._bank.settle_plain(plain, emitted / batch, looking, rounds)
+        lane.purse.settle_plain(plain, emitted / batch)
+        verify = sum(r.verify_seconds for r in records) / len(records)
+        whole = sum(r.round_seconds or r.verify_seconds + r.draft_seconds for r in records) / len(records)
+        self._lessons.append(Lesson(last, lane, plain, batch, max(whole - looking / rounds, verify), verify, emitted, rounds))
 
     def _learn(self) -> None:
         """Learn from the rounds that were kept for it."""
         lessons, self._lessons = self._lessons, []
         for lesson in lessons:
             record, lane, plain, seconds = lesson.record, lesson.lane, lesson.plain, lesson.seconds
-            batch, speculative = record.batch_size, lesson.lag >= 0
+            batch, speculative = record.batch_size, lesson.lag is not None
             if record.drafter is not None:
                 self._learn_quality(record, seconds)
             if record.warmup:
@@ -239,17 +251,18 @@ class Pacer(Controller):
                 self._learn_costs(lesson)
                 if speculative and self._bank.is_short and self._costs.plain_is_stale:
                     lane.arbiter.renew()
-            lane.arbiter.observe(plain / batch, record.num_emitted, seconds / batch, speculative)
+            lane.arbiter.observe(plain / batch, lesson.emitted, seconds / batch, speculative)
             if speculative and batch > 1 and seconds > 0.0:
                 speed = (record.batch_emitted or record.num_emitted * batch) * plain / (batch * seconds)
                 lane.speed += 0.05 / batch * (min(speed, 2.0 * lane.speed) - lane.speed)
 
     def _takes_lesson(self, batch: int, speculative: bool) -> bool:
-        """Whether a round teaches costs: all of a batch, all of the first ones, then every fourth."""
-        if batch > 1:
+        """Whether rounds teach costs: all of a batch, all plain ones (taken in several at once), a draft's first ones, then every
+        fourth."""
+        if batch > 1 or not speculative:
             return True
-        self._rounds[speculative] = count = self._rounds[speculative] + 1
-        return count % _LESSON == 0 or (count <= _SETTLED if speculative else not self._costs.knows_plain(batch))
+        self._drafted_rounds += 1
+        return self._drafted_rounds % _LESSON == 0 or self._drafted_rounds <= _SETTLED
 
     def _learn_quality(self, record: StepRecord, seconds: float) -> None:
         assert record.drafter is not None  # the caller asked
@@ -262,11 +275,11 @@ class Pacer(Controller):
 
     def _learn_costs(self, lesson: Lesson) -> None:
         record, costs = lesson.record, self._costs
-        batch, context = record.batch_size, record.context_length
-        if lesson.lag >= 0:
+        if lesson.lag is not None:
             costs.learn_speculative(record, lesson.rows, lesson.seconds, lesson.lag)
             return
-        costs.learn_plain(context, batch, lesson.seconds, record.verify_seconds)
+        batch, context = record.batch_size, record.context_length
+        costs.learn_plain(context, batch, lesson.seconds, lesson.verify_seconds, min(lesson.rounds, 1.0))
         if costs.knows_plain(batch):
             self._bank.correct_start(costs.plain(context, batch))
 

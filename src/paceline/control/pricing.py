@@ -333,12 +333,12 @@ class LearnedCosts:
             curve = self._learnt[key] = [seconds * factor for seconds, factor in zip(raw, factors, strict=False)]
         return curve
 
-    def learn_plain(self, context: int, batch: int, round_seconds: float, verify_seconds: float) -> None:
-        """Count a plain round (one of the `batch` records of a batched one), without what looking for drafts took."""
+    def learn_plain(self, context: int, batch: int, round_seconds: float, verify_seconds: float, weight: float = 1.0) -> None:
+        """Count a plain round, without what looking for drafts took. weight: share of it that is counted, in a batch."""
         raw = self.measured(batch, 0, context)[0]
         if raw > 0.0:
-            self._plain[rows_bucket(batch)].update(round_seconds / raw, 1.0 / batch)
-            self._learn_verify(batch, verify_seconds / raw, batch)
+            self._plain[rows_bucket(batch)].update(round_seconds / raw, weight)
+            self._learn_verify(batch, verify_seconds / raw, weight)
             self._machine_at_plain = self._scales.machine
         if batch == 1:
             self.rest.learn(0, round_seconds - verify_seconds)
@@ -367,13 +367,13 @@ class LearnedCosts:
         """Count the forward of a speculative round (one of the `batch` records of a batched one)."""
         raw = self.measured(rows, 0, context)[0]
         if raw > 0.0:
-            self._learn_verify(rows, verify_seconds / raw, batch)
+            self._learn_verify(rows, verify_seconds / raw, 1.0 / batch)
 
     def learn_deviation(self, expected: float, seconds: float) -> None:
         """Count how far a speculative round was from its predicted time."""
         off = min(abs(seconds / expected - 1.0), 1.0)
         self.deviation += 0.05 * (off - self.deviation)
 
-    def _learn_verify(self, rows: int, ratio: float, batch: int) -> None:
+    def _learn_verify(self, rows: int, ratio: float, weight: float) -> None:
         if ratio > 0.0:
-            self._scales.update(rows, ratio, 1.0 / batch)
+            self._scales.update(rows, ratio, weight)
