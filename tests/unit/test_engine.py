@@ -17,6 +17,7 @@ from paceline.drafting.base import Drafter, DrafterContext
 from paceline.engine import Engine
 from paceline.errors import ModelError, OptionError, PromptError
 from paceline.execution.base import ForwardOutput, Segment
+from paceline.sampling import watched_seeds
 from toys import Language, ToyRunner, next_token_language, noisy_language, random_language
 
 VOCAB = 12
@@ -279,3 +280,10 @@ def test_controllers_learn_of_each_temperature_by_itself() -> None:
         result = engine.generate(PROMPT, SamplingParams(max_tokens=4, temperature=temperature, seed=1), task="chat")
         tasks.append({step.task for step in result.steps})
     assert tasks == [{"chat"}, {"chat@0.7"}, {"chat@1.0"}, {"chat@2.0"}]
+
+
+def test_the_seed_of_a_stream_is_known_before_its_end() -> None:
+    with watched_seeds() as seeds:
+        events = list(make_engine().stream(PROMPT, SamplingParams(max_tokens=4, temperature=1.0)))
+    assert events[-1].result is not None
+    assert seeds == [events[-1].result.seed]

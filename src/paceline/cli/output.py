@@ -57,6 +57,7 @@ class StreamFold:
     token_ids: list[int] = field(default_factory=list)
     from_draft: list[bool] = field(default_factory=list)
     steps: list[StepRecord] = field(default_factory=list)
+    seed: int = 0
     result: GenerationResult | None = None
 
     def add(self, event: StreamEvent) -> None:
@@ -69,13 +70,18 @@ class StreamFold:
 
     def follow(self, events: Iterable[StreamEvent], show: Callable[[StreamEvent], None] | None = None) -> bool:
         """Add all events, showing each one as it comes. True when Ctrl-C broke them off."""
-        try:
-            for event in events:
-                self.add(event)
-                if show is not None:
-                    show(event)
-        except KeyboardInterrupt:
-            return True
+        from paceline.sampling import watched_seeds  # imports torch, which an engine has done by now
+
+        with watched_seeds() as seeds:
+            try:
+                for event in events:
+                    self.add(event)
+                    if show is not None:
+                        show(event)
+            except KeyboardInterrupt:
+                return True
+            finally:
+                self.seed = next(iter(seeds), 0)  # none when the prompt was not looked at yet
         return False
 
     def finish(self, engine: Engine) -> GenerationResult:
@@ -95,6 +101,7 @@ class StreamFold:
             decode_seconds=decode_seconds,
             steps=tuple(self.steps),
             from_draft=tuple(self.from_draft),
+            seed=self.seed,
             plain_seconds_per_token=engine.costs.plain_step_during(self.steps),
         )
 

@@ -141,6 +141,13 @@ def test_interruption_with_json_still_prints_one_object(run: Run, engine: FakeEn
     assert (data["text"], data["finish_reason"], data["num_tokens"]) == ("ABCD", "interrupted", 4)
 
 
+def test_interruption_reports_the_seed_that_was_drawn(run: Run, engine: FakeEngine) -> None:
+    engine.interrupt_after = 1
+    for arguments, seed in (((), 7), (("--seed", "11"), 11)):
+        outcome = run("generate", "abcdefghijkl", "--raw", "--temperature", "1", "--json", *arguments)
+        assert (outcome.code, json.loads(outcome.stdout)["seed"]) == (130, seed)
+
+
 def test_interrupted_samples_say_why_nothing_is_shown(run: Run, engine: FakeEngine) -> None:
     engine.interrupt_after = 1
     outcome = run("generate", "abcdefghijkl", "--raw", "-n", "2", "--temperature", "1")
