@@ -17,7 +17,7 @@ from paceline.control import registry as controllers
 from paceline.costs import CostTable, DraftCost
 from paceline.drafting import registry as drafters
 from paceline.drafting.base import Drafter, DrafterContext
-from paceline.errors import ModelError
+from paceline.errors import ModelError, OptionError
 from paceline.execution.base import Runner
 from paceline.execution.factory import create_graded, create_runner
 from paceline.execution.measure import load_or_measure, machine_key
@@ -53,11 +53,22 @@ def load_target(model: str, config: RunnerConfig, progress: Callable[[str], None
     """Load a model and measure it, or recall its measurement. Raises ModelError, OptionError, CacheError."""
     say = progress or (lambda _: None)
     source = open_model(model, progress=progress)
+    _check_context(config, source.max_context, source.name)
     say(f"loading {source.name}")
     runner = create_runner(source, config)
+    _check_context(config, runner.info.max_context, source.name)  # a backend may hold less than the model names
     say("measuring what steps cost here")
     costs, note = load_or_measure(runner, source.fingerprint)
     return Target(source, runner, config, costs, (note,) if note else ())
+
+
+def _check_context(config: RunnerConfig, limit: int, name: str) -> None:
+    """Refuse a longer context than there is: answers would end where nobody expects them to. Raises OptionError."""
+    if config.max_context is not None and config.max_context > limit:
+        raise OptionError(
+            f"max_context = {config.max_context}: {name} holds {limit} tokens, prompt and answer together; "
+            f"choose {limit} or less, or leave it out"
+        )
 
 
 def assemble(

@@ -135,7 +135,7 @@ class RunnerConfig:
     threads: int | None = None
     """CPU compute threads; None: the number of cores that this process may use."""
     max_context: int | None = None
-    """Tokens of prompt and output together; None: the model's own limit."""
+    """Tokens of prompt and output together, at most the model's own limit; None: that limit."""
     memory_gb: float | None = None
     """GPU memory for all models of this process together, weights, keys and values, in GB (1e9 bytes); None: what is free."""
     backend: str = "auto"

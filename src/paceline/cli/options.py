@@ -78,7 +78,7 @@ FLAGS: dict[type, tuple[Flag, ...]] = {
         Flag("device", "`auto`, `cpu`, `cuda` or `cuda:N`."),
         Flag("backend", "`auto`, or the execution path by name (see `paceline info`)."),
         Flag("threads", "CPU threads."),
-        Flag("max_context", "Most tokens of prompt and answer together."),
+        Flag("max_context", "Most tokens of prompt and answer together (default: the model's limit)."),
         Flag("memory_gb", "GPU memory for all models together, in GB."),
     ),
 }
