@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 
 from paceline.cli.options import Settings
 from paceline.config import SamplingParams, SpeculationConfig
-from paceline.errors import OptionError, PromptError
+from paceline.errors import CacheError, OptionError, PromptError
 
 if TYPE_CHECKING:
     from paceline.engine import Engine, StreamEvent
@@ -48,12 +49,18 @@ def engine_factory(settings: Settings, console: Console) -> Callable[[Speculatio
 
 @contextmanager
 def open_engine(settings: Settings) -> Iterator[Engine]:
-    """`load_engine`, closed at the end. Progress goes to stderr, so that stdout holds answers only."""
+    """`load_engine`, closed at the end. Progress goes to stderr, so that stdout holds answers only.
+
+    A profile that cannot be kept is a note, no error: the answer is there.
+    """
     engine = load_engine(settings, Console(stderr=True))
     try:
         yield engine
     finally:
-        engine.close()
+        try:
+            engine.close()
+        except CacheError as error:
+            typer.echo(f"note: what the controller learnt is not kept: {error}", err=True)
 
 
 def source_name(engine: Engine) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 
 from command_line import Run
 from fake_engine import FakeEngine
 from paceline.config import RunnerConfig, SamplingParams, SpeculationConfig
+from paceline.errors import CacheError
+from paceline.models.cachedir import cache_error
 
 JSON_FIELDS = [
     *("text", "token_ids", "num_tokens", "tokens_per_second", "plain_tokens_per_second", "rounds", "drafted", "accepted"),
@@ -153,6 +157,38 @@ def test_interrupted_samples_say_why_nothing_is_shown(run: Run, engine: FakeEngi
     outcome = run("generate", "abcdefghijkl", "--raw", "-n", "2", "--temperature", "1")
     assert (outcome.code, outcome.stdout) == (130, "")
     assert "the 2 answers of -n are shown once all have ended" in outcome.stderr
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_profile_that_cannot_be_kept_is_a_note_after_the_answer(
+    run: Run, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    def close() -> None:
+        raise cache_error(Path("/full/profile.json"), OSError(errno.EROFS, "Read-only file system"))
+
+    monkeypatch.setattr(engine, "close", close)
+    engine.interrupt_after = 1 if interrupted else None
+    outcome = run("generate", "abcdefgh", "--raw", "--remember")
+    assert outcome.code == (130 if interrupted else 0)
+    assert outcome.stdout == ("ABCD\n" if interrupted else "ABCDEFGH\n")
+    summary, note = outcome.stderr.splitlines()
+    assert "tok/s" in summary
+    assert note == (
+        "note: what the controller learnt is not kept: cache: cannot write /full/profile.json: Read-only file system; "
+        "free some space, or set PACELINE_CACHE to a folder that can be written"
+    )
+
+
+def test_an_error_is_not_hidden_by_a_profile_that_cannot_be_kept(
+    run: Run, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def close() -> None:
+        raise CacheError("cache: cannot write")
+
+    monkeypatch.setattr(engine, "close", close)
+    outcome = run("generate", "x" * 500, "--raw", "--remember")
+    assert outcome.code == 2
+    assert outcome.stderr.splitlines()[-1].startswith("error: prompt is 500 tokens long")
 
 
 def test_compare_runs_plain_around_speculative_after_a_warm_up_and_finds_the_same_text(run: Run, engine: FakeEngine) -> None:
