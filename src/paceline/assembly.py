@@ -7,13 +7,14 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 from paceline.config import RunnerConfig, SamplingParams, SpeculationConfig
 from paceline.control import registry as controllers
+from paceline.control.base import Controller
 from paceline.costs import CostTable, DraftCost
 from paceline.drafting import registry as drafters
 from paceline.drafting.base import Drafter, DrafterContext
@@ -96,72 +97,17 @@ def build_engine(
 ) -> Engine:
     """Drafters, a controller and a cost table of its own over a loaded target. Raises ModelError, OptionError."""
     costs = CostTable.from_json(target.costs.to_json())
-    drafts: dict[str, tuple[Runner, CostTable]] = {}
-
-    @cache
-    def source_of(name: str) -> ModelSource:
-        return open_model(name, progress=progress)
-
-    def open_foreign(name: str) -> tuple[Runner, Tokenizer]:
-        source = source_of(name)
-        if name not in drafts:  # several drafters may share it
-            draft_runner = create_runner(source, target.config)
-            drafts[name] = draft_runner, load_or_measure(draft_runner, source.fingerprint)[0]
-        return drafts[name][0], source.tokenizer
-
-    def open_draft(name: str) -> Runner:
-        fit = compare_tokenizers(target.source.tokenizer, source_of(name).tokenizer, name)
-        if not fit.same:
-            raise ModelError(fit.message)
-        return open_foreign(name)[0]
-
-    def open_self(precision: str) -> Runner:
-        if precision in drafts:  # several drafters may share it
-            return drafts[precision][0]
-        draft_runner = create_runner(target.source, replace(target.config, precision=precision, backend="auto"))
-        drafts[precision] = draft_runner, load_or_measure(draft_runner, target.source.fingerprint)[0]
-        return draft_runner
-
-    def open_graded(narrow: str, wide: str, set_up: Callable[[Runner], str]) -> Runner:
-        draft_runner = create_graded(target.source, target.config, narrow, wide)
-        draft_runner.info.extra["grades"] = set_up(draft_runner)
-        drafts[f"{narrow}+{wide}"] = draft_runner, load_or_measure(draft_runner, target.source.fingerprint)[0]
-        return draft_runner
-
-    def level_costs(upper: Drafter, lower: Drafter) -> CostTable:
-        table = next((table for runner, table in drafts.values() if getattr(upper, "runner", None) is runner), target.costs)
-        own = CostTable.from_json(table.to_json())
-        own.scale = upper.share_of_target or 1.0
-        own.drafters[lower.name] = _draft_cost(lower, drafts, own)
-        return own
-
-    info = target.runner.info
-    context = DrafterContext(
-        vocab_size=min(info.vocab_size, target.source.tokenizer.vocab_size),
-        max_context=info.max_context,
-        open_model=open_draft,
-        open_foreign=open_foreign,
-        tokenizer=target.source.tokenizer,
-        open_self=open_self,
-        open_graded=open_graded,
-        target=target.runner,
-        source=target.source,
-        level_costs=level_costs,
-    )
+    models = _DraftModels(target, progress)
     notes = list(target.notes)
-    made = drafters.create_all(speculation.draft, speculation.drafter_options, context, notes.append)
+    made = drafters.create_all(speculation.draft, speculation.drafter_options, _drafter_context(target, models), notes.append)
     for drafter in made:
-        costs.drafters[drafter.name] = _draft_cost(drafter, drafts, costs)
+        costs.drafters[drafter.name] = models.cost_of(drafter, costs)
     notes += [note for drafter in made if drafter.wants_hidden and (note := _check_head(cls, target, drafter, costs))]
-    controller = controllers.create(speculation.controller, costs, speculation.controller_options)
     profile = _profile_path(target, speculation) if speculation.remember else None
-    if profile is not None and (known := read_json(profile)) is not None:
-        with suppress(KeyError, TypeError, ValueError):  # of another version: learn anew
-            controller.restore(known)
     return cls(
         target.runner,
         costs=costs,
-        controller=controller,
+        controller=_make_controller(speculation, costs, profile),
         profile=profile,
         drafters=made,
         tokenizer=target.source.tokenizer,
@@ -169,6 +115,97 @@ def build_engine(
         speculation=speculation,
         notes=notes,
     )
+
+
+class _DraftModels:
+    """Models that drafters open beside a target, each loaded once for all that share it, and what their steps cost here."""
+
+    def __init__(self, target: Target, progress: Callable[[str], None] | None) -> None:
+        self._target = target
+        self._source_of = cache(partial(open_model, progress=progress))
+        self._loaded: dict[str, tuple[Runner, CostTable]] = {}
+
+    def open_foreign(self, name: str) -> tuple[Runner, Tokenizer]:
+        """A model by its name, whatever its tokenizer."""
+        source = self._source_of(name)
+        if name not in self._loaded:
+            self._load(name, create_runner(source, self._target.config), source)
+        return self._loaded[name][0], source.tokenizer
+
+    def open_same(self, name: str) -> Runner:
+        """A model by its name. Raises ModelError when its tokenizer is not the target's."""
+        fit = compare_tokenizers(self._target.source.tokenizer, self._source_of(name).tokenizer, name)
+        if not fit.same:
+            raise ModelError(fit.message)
+        return self.open_foreign(name)[0]
+
+    def open_self(self, precision: str) -> Runner:
+        """The target once more, in another precision."""
+        if precision not in self._loaded:
+            config = replace(self._target.config, precision=precision, backend="auto")
+            self._load(precision, create_runner(self._target.source, config), self._target.source)
+        return self._loaded[precision][0]
+
+    def open_graded(self, narrow: str, wide: str, set_up: Callable[[Runner], str]) -> Runner:
+        """The target once more, every layer in two precisions; `set_up` chooses and says which. Each caller has its own."""
+        runner = create_graded(self._target.source, self._target.config, narrow, wide)
+        runner.info.extra["grades"] = set_up(runner)
+        return self._load(f"{narrow}+{wide}", runner, self._target.source)
+
+    def cost_of(self, drafter: Drafter, costs: CostTable) -> DraftCost:
+        """First figures of a drafter: its own model's measured step, its share of the target's, or a look-up's few microseconds."""
+        share = drafter.share_of_target
+        if share is not None:
+            return DraftCost(per_token=share * costs.t_plain(costs.contexts[0]))
+        table = self._table_of(drafter)
+        if table is None:
+            return DraftCost(fixed=_LOOKUP_SECONDS)
+        step = table.t_plain(table.contexts[0])
+        most = table.rows[-1]
+        row = (table.t_verify(most, table.contexts[0]) - step) / (most - 1) if most > 1 else step
+        return DraftCost(per_token=step, per_catch_up=min(row, step))
+
+    def level_costs(self, upper: Drafter, lower: Drafter) -> CostTable:
+        """What drafting costs where one drafter drafts for another: the upper one is the target of the lower one."""
+        own = CostTable.from_json((self._table_of(upper) or self._target.costs).to_json())
+        own.scale = upper.share_of_target or 1.0
+        own.drafters[lower.name] = self.cost_of(lower, own)
+        return own
+
+    def _load(self, name: str, runner: Runner, source: ModelSource) -> Runner:
+        self._loaded[name] = runner, load_or_measure(runner, source.fingerprint)[0]
+        return runner
+
+    def _table_of(self, drafter: Drafter) -> CostTable | None:
+        """Measured costs of the model that a drafter runs; None when it runs none, or the target."""
+        runner = getattr(drafter, "runner", None)
+        return next((table for loaded, table in self._loaded.values() if loaded is runner), None)
+
+
+def _drafter_context(target: Target, models: _DraftModels) -> DrafterContext:
+    """What drafters may ask for when they are made."""
+    info = target.runner.info
+    return DrafterContext(
+        vocab_size=min(info.vocab_size, target.source.tokenizer.vocab_size),
+        max_context=info.max_context,
+        open_model=models.open_same,
+        open_foreign=models.open_foreign,
+        tokenizer=target.source.tokenizer,
+        open_self=models.open_self,
+        open_graded=models.open_graded,
+        target=target.runner,
+        source=target.source,
+        level_costs=models.level_costs,
+    )
+
+
+def _make_controller(speculation: SpeculationConfig, costs: CostTable, profile: Path | None) -> Controller:
+    """A controller that begins with what the profile holds, if there is one."""
+    controller = controllers.create(speculation.controller, costs, speculation.controller_options)
+    if profile is not None and (known := read_json(profile)) is not None:
+        with suppress(KeyError, TypeError, ValueError):  # of another version: learn anew
+            controller.restore(known)
+    return controller
 
 
 def _check_head(cls: type[Engine], target: Target, drafter: Drafter, costs: CostTable) -> str | None:
@@ -199,17 +236,3 @@ def _profile_path(target: Target, speculation: SpeculationConfig) -> Path:
     what = [machine_key(info.device), target.source.fingerprint, info.precision, speculation.controller, speculation.draft]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
     return cache_root() / "profiles" / f"{digest}.json"
-
-
-def _draft_cost(drafter: Drafter, drafts: dict[str, tuple[Runner, CostTable]], target: CostTable) -> DraftCost:
-    """First figures of a drafter: its own model's measured step, its share of the target's, or a look-up's few microseconds."""
-    share = drafter.share_of_target
-    if share is not None:
-        return DraftCost(per_token=share * target.t_plain(target.contexts[0]))
-    for runner, table in drafts.values():
-        if getattr(drafter, "runner", None) is runner:
-            step = table.t_plain(table.contexts[0])
-            most = table.rows[-1]
-            row = (table.t_verify(most, table.contexts[0]) - step) / (most - 1) if most > 1 else step
-            return DraftCost(per_token=step, per_catch_up=min(row, step))
-    return DraftCost(fixed=_LOOKUP_SECONDS)
