@@ -31,7 +31,7 @@ from paceline.drafting.registry import create_all
 from paceline.engine import Engine
 from paceline.records import PLAIN, Draft, Round, Verdict
 from paceline.study.environment import command, environment
-from paceline.study.prompts import AGENT, load_prompts
+from paceline.study.prompts import AGENT, encode_prompt, load_prompts
 from paceline.study.report import write_json
 
 SINGLE = ("ngram", "suffix", "suffix+tree")
@@ -74,8 +74,7 @@ def answers_of(target: Target, sources: Sequence[str], limit: int, temperature: 
         for prompt in track(
             load_prompts(source, limit=None if source == AGENT else limit), f"{Path(source).stem}, T = {temperature:g}"
         ):
-            chat = tokenizer.render_chat([{"role": "user", "content": prompt.text}])
-            ids = tokenizer.encode(chat, add_special=False)
+            ids = encode_prompt(tokenizer, prompt.text)
             if len(ids) + length < target.runner.info.max_context:
                 category = f"{AGENT}: {prompt.category}" if source == AGENT else prompt.category
                 found.append(Answer(category, ids, engine.generate(ids, params, plain=True).token_ids, length))

@@ -24,7 +24,7 @@ from paceline.engine import Engine
 from paceline.errors import ResourceError
 from paceline.execution.cuda.runner import CudaRunner
 from paceline.records import GenerationResult
-from paceline.study.prompts import load_prompts
+from paceline.study.prompts import encode_prompt, load_prompts
 
 MIB = 1 << 20
 SPARE_MIB = (2048, 512, 384, 256)
@@ -45,8 +45,7 @@ def close(engine: Engine) -> None:
 
 
 def encoded(engine: Engine, prompts: Sequence[str]) -> list[list[int]]:
-    texts = [engine.render_chat([{"role": "user", "content": text}]) for text in prompts]
-    return [engine.tokenizer.encode(text, add_special=False)[:1500] for text in texts]
+    return [encode_prompt(engine.tokenizer, text)[:1500] for text in prompts]
 
 
 def tokens_of(results: Sequence[GenerationResult]) -> list[tuple[int, ...]]:

@@ -29,7 +29,7 @@ from paceline.models.base import ModelSource, Tokenizer
 from paceline.models.lazy import EMBEDDING, LazyTensors
 from paceline.models.resolve import open_model
 from paceline.records import GenerationResult
-from paceline.study.prompts import load_prompts
+from paceline.study.prompts import encode_prompts, load_prompts
 from paceline.study.upscale import SHAPES, UpscaledSource
 
 
@@ -75,11 +75,8 @@ def text(arguments: argparse.Namespace, result: dict[str, Any], save: Callable[[
         "hopeless": [models["hopeless"]],
     }
     engines = {name: engine_of(runner, target, source.tokenizer, costs, made) for name, made in methods.items()}
-    prompts = [
-        source.tokenizer.encode(source.tokenizer.render_chat([{"role": "user", "content": p.text}]), add_special=False)
-        for p in load_prompts(arguments.prompts, limit=arguments.limit)
-    ]
-    prompts = [ids for ids in prompts if len(ids) < 1500]
+    chosen = load_prompts(arguments.prompts, limit=arguments.limit)
+    prompts = [ids for _, ids in encode_prompts(source.tokenizer, chosen, longest=1499)]
     result |= {"prompts": len(prompts), "max_tokens": arguments.max_tokens, "costs": costs.to_json()}
     params = SamplingParams(max_tokens=arguments.max_tokens)
     result["greedy"] = compare(engines, prompts, params, costs)

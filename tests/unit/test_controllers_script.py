@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-import paceline
 from paceline.config import SamplingParams
 from paceline.control import registry
 from paceline.costs import CostTable, DraftCost
@@ -21,6 +17,7 @@ from paceline.study.bench import OVERALL, PLAIN
 from paceline.study.contest import Contestant, ReadOnce, hold
 from paceline.study.prompts import BenchPrompt
 from paceline.study.report import table_rows
+from scripts import loaded_script
 from toys import ToyRunner, noisy_language, random_language
 
 VOCAB = 16
@@ -28,15 +25,8 @@ VOCAB = 16
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    path = Path(paceline.__file__).parents[2] / "benchmarks" / "controllers.py"
-    spec = importlib.util.spec_from_file_location("controllers_script", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded_script("controllers") as module:
+        yield module
 
 
 def toy_engine() -> Engine:

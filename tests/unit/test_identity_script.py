@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-import paceline
+from scripts import loaded_script
 
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    path = Path(paceline.__file__).parents[2] / "benchmarks" / "identity.py"
-    spec = importlib.util.spec_from_file_location("identity_script", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded_script("identity") as module:
+        yield module
 
 
 def part(command: str, *rows: dict[str, Any], differences: tuple[dict[str, Any], ...] = ()) -> dict[str, Any]:
