@@ -13,13 +13,13 @@ from rich.table import Table
 from paceline.cli.loading import Request
 from paceline.cli.output import drafters_used, result_document
 from paceline.config import SamplingParams
+from paceline.study.prompts import WARM_UP
 
 if TYPE_CHECKING:
     from paceline.engine import Engine
     from paceline.records import GenerationResult
 
 WARM_UP_TOKENS = 8
-_WARM_UP = "Count from one to twenty."
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class SideBySide:
 def run_side_by_side(engine: Engine, request: Request, params: SamplingParams) -> SideBySide:
     """Warm up on another prompt, then answer three times. Sampled runs share one seed."""
     short = replace(params, max_tokens=min(WARM_UP_TOKENS, params.max_tokens), min_tokens=0)
-    warm_up = [Request(_WARM_UP, chat=request.chat).run(engine, short, plain=plain)[0] for plain in (True, False)]
+    warm_up = [Request(WARM_UP, chat=request.chat).run(engine, short, plain=plain)[0] for plain in (True, False)]
     if params.seed is None:
         params = replace(params, seed=warm_up[0].seed)
     before, speculative, after = (request.run(engine, params, plain=plain)[0] for plain in (True, False, True))
