@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from paceline.drafting.suffix_index import BREAK, Place, Tokens
+from paceline.drafting.speculation import BREAK, Place, Tokens
 from paceline.errors import CacheError, OptionError
 from paceline.models.base import Tokenizer
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec, DraftSession, KeepDrafting, SequenceView
 from paceline.drafting.corpus import DEPTH, Corpus
 from paceline.drafting.options import number, whole
-from paceline.drafting.suffix_index import NOTHING, Limits, Speculation, agreement, signal, speculate
+from paceline.drafting.speculation import NOTHING, Limits, Speculation, agreement, signal, speculate
 from paceline.records import Draft, Outlook
 
 

@@ -1,7 +1,7 @@
 """SuffixDecoding: what followed the longest matching suffixes, in this text and in past outputs (2411.04975).
 
 Needs no model and no training. The draft's length adapts to the match: long matches propose more. Costs a few microseconds a round
-(`suffix_native`), some hundreds where nothing can be compiled (`suffix_index`, which defines the statistics).
+(`suffix_native`), some hundreds where nothing can be compiled (`suffix_index`; `speculation` defines the statistics).
 
 The chain is the paper's. The tree holds what followed any match, long or short, here or in past outputs, most votes first (ours).
 """
@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec, DraftSession, KeepDrafting, SequenceView
 from paceline.drafting.options import number, whole
-from paceline.drafting.suffix_index import Limits, TokenIndex
+from paceline.drafting.speculation import Limits
+from paceline.drafting.suffix_index import TokenIndex
 from paceline.drafting.suffix_native import open_index
 from paceline.records import Draft, Outlook
 

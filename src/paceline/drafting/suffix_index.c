@@ -1,5 +1,5 @@
-// The index and search of suffix_index.py once more, compiled: the same places, shares and scores. That file is the reference; read
-// it first. Nothing here is thread-safe. Every function is short, so callers keep the interpreter's lock.
+// The index of suffix_index.py and the search of speculation.py once more, compiled: the same places, shares and scores. Read those
+// first, they are the reference. Nothing here is thread-safe. Every function is short, so callers keep the interpreter's lock.
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>

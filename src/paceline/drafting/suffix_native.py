@@ -12,17 +12,8 @@ from pathlib import Path
 
 from paceline import compiled
 from paceline.drafting.options import whole
-from paceline.drafting.suffix_index import (
-    AGREED,
-    CONTESTED,
-    MOST_TOKENS,
-    NOTHING,
-    Limits,
-    Speculation,
-    SuffixIndex,
-    TokenIndex,
-    signal,
-)
+from paceline.drafting.speculation import AGREED, CONTESTED, MOST_TOKENS, NOTHING, Limits, Speculation, signal
+from paceline.drafting.suffix_index import SuffixIndex, TokenIndex
 from paceline.errors import ResourceError
 
 _SOURCES = compiled.Sources(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from paceline.drafting.corpus import DEPTH, Corpus, build_corpus, context_order, write_corpus
 from paceline.drafting.rest import RestDrafter, RestOptions
-from paceline.drafting.suffix_index import BREAK
+from paceline.drafting.speculation import BREAK
 from paceline.errors import CacheError, OptionError
 from paceline.models.base import Tokenizer
 from toys import make_view

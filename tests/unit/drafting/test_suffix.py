@@ -11,17 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.drafting.registry import parse_spec
+from paceline.drafting.speculation import Limits, Place, Speculation, agreement, followers, path_walk, speculate
 from paceline.drafting.suffix import OutputStore, SuffixDrafter, SuffixOptions
-from paceline.drafting.suffix_index import (
-    Limits,
-    Place,
-    Speculation,
-    SuffixIndex,
-    agreement,
-    followers,
-    path_walk,
-    speculate,
-)
+from paceline.drafting.suffix_index import SuffixIndex
 from paceline.drafting.suffix_native import open_index
 from toys import make_view
 from unit.drafting.kit import always

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from paceline import compiled
 from paceline.drafting import suffix_native
+from paceline.drafting.speculation import Limits, Speculation
 from paceline.drafting.suffix import SuffixDrafter
-from paceline.drafting.suffix_index import Limits, Speculation, SuffixIndex, TokenIndex
+from paceline.drafting.suffix_index import SuffixIndex, TokenIndex
 from paceline.drafting.suffix_native import NativeIndex, load_library, open_index
 from paceline.errors import OptionError
 from paceline.records import DraftFeatures
