@@ -11,7 +11,6 @@ from paceline.config import SamplingParams
 from paceline.costs import CostTable, DraftCost
 from paceline.errors import PromptError
 from paceline.records import GenerationResult, StepRecord, TokenLogprob
-from paceline.sampling import resolve_seed
 
 
 class CharacterTokenizer:
@@ -35,6 +34,7 @@ class Event:
     token_ids: tuple[int, ...]
     from_draft: tuple[bool, ...]
     record: StepRecord | None = None
+    seed: int = 0
     result: GenerationResult | None = None
 
 
@@ -77,7 +77,6 @@ class FakeEngine:
         return self._events(text, params, plain)
 
     def _events(self, text: str, params: SamplingParams, plain: bool) -> Iterator[Event]:
-        seed = resolve_seed(params.seed or 7)
         answer = text.upper()[: params.max_tokens]
         if self.differ and plain:
             answer = answer[:-1] + "?"
@@ -87,7 +86,8 @@ class FakeEngine:
             if self.interrupt_after is not None and number == self.interrupt_after:
                 raise KeyboardInterrupt
             last = number == len(events) - 1
-            yield replace(event, result=self._result(answer, len(text), events, params, seed)) if last else event
+            event = replace(event, seed=params.seed or 7)
+            yield replace(event, result=self._result(answer, len(text), events, params)) if last else event
 
     def _round(self, piece: str, plain: bool, context: int) -> Event:
         drafted = 0 if plain else len(piece) - 1
@@ -106,7 +106,7 @@ class FakeEngine:
         flags = (True,) * drafted + (False,) * (len(piece) - drafted)
         return Event(piece, tuple(self.tokenizer.encode(piece)), flags, record)
 
-    def _result(self, answer: str, num_prompt: int, events: Sequence[Event], params: SamplingParams, seed: int) -> GenerationResult:
+    def _result(self, answer: str, num_prompt: int, events: Sequence[Event], params: SamplingParams) -> GenerationResult:
         steps = tuple(event.record for event in events if event.record is not None)
         seconds = sum(step.round_seconds for step in steps)
         token_ids = tuple(self.tokenizer.encode(answer))
@@ -121,7 +121,7 @@ class FakeEngine:
             steps=steps,
             from_draft=tuple(flag for event in events for flag in event.from_draft),
             logprobs=None if params.logprobs is None else tuple(TokenLogprob(token, -0.5, ((token, -0.5),)) for token in token_ids),
-            seed=seed,
+            seed=params.seed or 7,
             plain_seconds_per_token=0.01,
         )
 

@@ -218,7 +218,7 @@ class Engine:
             record = request.record(step, verdict, kept, verify_seconds, ended - started - warmup, batch, warmup > 0.0)
             request.ended = ended
             new = tuple(request.tokens[len(request.tokens) - kept :]) if kept else ()
-            events.append(StreamEvent(text, new, tuple(request.from_draft[len(request.from_draft) - kept :]), record))
+            events.append(StreamEvent(text, new, tuple(request.from_draft[len(request.from_draft) - kept :]), record, request.seed))
         self._learn(requests, controller)
         return events
 

@@ -28,6 +28,8 @@ class Outlook:
     """Evidence bucket, drafter-defined, larger is stronger (for n-grams: length of the matched suffix)."""
     catch_up: int = 0
     """Committed tokens that the draft's own cache still lacks; their cost is part of the round."""
+    together: bool = False
+    """Drafts of a batch are made in shared steps, in about the time of one."""
 
 
 @dataclass(frozen=True, slots=True)

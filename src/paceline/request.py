@@ -31,6 +31,8 @@ class StreamEvent:
     token_ids: tuple[int, ...] = ()
     from_draft: tuple[bool, ...] = ()
     record: StepRecord | None = None
+    seed: int = 0
+    """Of the answer's draws, for those who break it off and get no result."""
     result: GenerationResult | None = None
 
 
@@ -91,6 +93,11 @@ class Request:
         self.from_draft: list[bool] = []
         self.logprobs: list[TokenLogprob] = []
         self.started = self.decode_started = self.ended = perf_counter()
+
+    @property
+    def seed(self) -> int:
+        """Of its draws: the caller's, or one from the operating system."""
+        return self._random.seed
 
     @property
     def num_generated(self) -> int:
@@ -248,7 +255,7 @@ class Request:
             logprobs=tuple(self.logprobs) if self.params.logprobs is not None else None,
             from_draft=tuple(self.from_draft),
             stop_reason=self._output.stop_reason,
-            seed=self._random.seed,
+            seed=self.seed,
             plain_seconds_per_token=plain_seconds,
             notes=notes,
             draft_bytes=sum(session.memory_bytes() for session in self.sessions.values()),

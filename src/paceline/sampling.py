@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Collection, Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -26,8 +24,6 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _BLOCK = 256
 _MIN_TEMPERATURE = 1e-6
 """Temperatures in (0, 1e-6) are raised to it: logits / temperature must not overflow float32."""
-_SEEDS: ContextVar[list[int] | None] = ContextVar("seeds", default=None)
-"""Where `watched_seeds` wants to be told of them."""
 
 
 class Purpose(IntEnum):
@@ -77,22 +73,7 @@ class CounterRandom:
 
 def resolve_seed(seed: int | None) -> int:
     """The user's seed, or one from the operating system: a whole number in [0, 2^63)."""
-    resolved = secrets.randbits(63) if seed is None else seed
-    watcher = _SEEDS.get()
-    if watcher is not None:
-        watcher.append(resolved)
-    return resolved
-
-
-@contextmanager
-def watched_seeds() -> Iterator[list[int]]:
-    """Seeds as they are resolved in this context: an answer that is broken off has no result that would tell its own."""
-    seeds: list[int] = []
-    token = _SEEDS.set(seeds)
-    try:
-        yield seeds
-    finally:
-        _SEEDS.reset(token)
+    return secrets.randbits(63) if seed is None else seed
 
 
 def check_token_ids(params: SamplingParams, vocab_size: int) -> None:

@@ -23,7 +23,6 @@ from paceline.sampling import (
     process_logits,
     resolve_seed,
     to_probs,
-    watched_seeds,
 )
 
 NO_DRAFT = Draft(())
@@ -72,17 +71,6 @@ def test_a_seed_is_kept_and_none_draws_a_new_one():
     drawn = {resolve_seed(None) for _ in range(20)}
     assert len(drawn) == 20
     assert all(0 <= seed < 2**63 for seed in drawn)
-
-
-def test_seeds_can_be_watched_as_they_are_drawn():
-    with watched_seeds() as outer:
-        with watched_seeds() as seeds:
-            drawn = [resolve_seed(5), resolve_seed(None)]
-        assert seeds == drawn
-        resolve_seed(6)
-    assert outer == [6]
-    resolve_seed(8)
-    assert outer == [6]
 
 
 # ---------- draws ----------

@@ -66,22 +66,18 @@ class StreamFold:
         self.from_draft += event.from_draft
         if event.record is not None:
             self.steps.append(event.record)
+        self.seed = event.seed
         self.result = event.result or self.result
 
     def follow(self, events: Iterable[StreamEvent], show: Callable[[StreamEvent], None] | None = None) -> bool:
         """Add all events, showing each one as it comes. True when Ctrl-C broke them off."""
-        from paceline.sampling import watched_seeds  # imports torch, which an engine has done by now
-
-        with watched_seeds() as seeds:
-            try:
-                for event in events:
-                    self.add(event)
-                    if show is not None:
-                        show(event)
-            except KeyboardInterrupt:
-                return True
-            finally:
-                self.seed = next(iter(seeds), 0)  # none when the prompt was not looked at yet
+        try:
+            for event in events:
+                self.add(event)
+                if show is not None:
+                    show(event)
+        except KeyboardInterrupt:
+            return True
         return False
 
     def finish(self, engine: Engine) -> GenerationResult:

@@ -325,6 +325,8 @@ class Pacer(Controller):
         if alone:
             once, each = line.fixed + rest.fixed, line.per_token + rest.per_token
         else:
+            if outlook.together:
+                costs.overlap.expect_together()
             share = costs.overlap.share(context.batch_size)
             once, each = share * line.fixed, share * line.per_token + rest.per_token
         if outlook.catch_up:
@@ -400,9 +402,10 @@ class Pacer(Controller):
         free = plain if is_alone(context) else table[0]
         line, rest = costs.line(outlook.drafter), costs.rest
         catch_up = costs.catch_up(outlook.drafter, outlook.catch_up)
+        share = 1.0 if is_alone(context) else costs.overlap.share(context.batch_size)
         margin = 1.0 + 2.0 * costs.deviation
         for k in range(wanted, 0, -1):
-            worst = max(margin * offer.seconds[k], table[k] + line.worst(k) + rest.worst(k)) + catch_up
+            worst = max(margin * offer.seconds[k], table[k] + share * line.worst(k) + rest.worst(k)) + catch_up
             if self._bank.grant(max(0.0, worst - free)):
                 return k
         if (goal := worst - free + 0.25 * plain) <= min(_MOST_SAVED, self.options.cap) * plain:

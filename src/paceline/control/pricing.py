@@ -229,6 +229,11 @@ class Overlap:
         self._rounds = self._seen = self._drafting = 0
         self._seconds = 0.0
 
+    def expect_together(self) -> None:
+        """A drafter says that its drafts of a batch share their steps: believed until a round shows it."""
+        if self._rounds == 0:
+            self.serial = 0.0
+
     def share(self, batch: int) -> float:
         """The part of its own drafting time that a request adds to a batched round."""
         return self.serial + (1.0 - self.serial) / batch

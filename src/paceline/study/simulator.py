@@ -143,7 +143,9 @@ class Simulator:
         def lag(drafter: str) -> int:
             return at - sequence.caught_up.get(drafter, start - prompt) if drafter in self._laggards else 0
 
-        return tuple(Outlook(s.drafter, min(s.available[at], limit), s.signal[at], lag(s.drafter)) for s in self.world.streams)
+        return tuple(
+            Outlook(s.drafter, min(s.available[at], limit), s.signal[at], lag(s.drafter), together=True) for s in self.world.streams
+        )
 
     def _draft(self, sequence: _Sequence, batch: int, other_rows: int) -> _Drafted:
         limit = min(MAX_DRAFT, sequence.remaining - 1)
