@@ -223,11 +223,13 @@ class Engine:
         return events
 
     def _learn(self, requests: Sequence[Request], controller: Controller) -> None:
-        """Show the controller the finished round. Plain decoding does without, so its requests are not charged for it."""
+        """Show the controller the finished round. Rounds of plain calls are none of its own: they must not pay for its losses."""
+        if not requests[0].sessions:
+            return
         started = perf_counter()
         for request in requests:
             controller.observe(request.steps[-1])
-        self._learning = perf_counter() - started if requests[0].sessions else 0.0
+        self._learning = perf_counter() - started
 
     def _draft(self, requests: Sequence[Request], controller: Controller) -> tuple[list[Round], int]:
         """Plans and drafts of a round, and the rows of its forward. Drafters that can draft for all sequences at once do so."""
