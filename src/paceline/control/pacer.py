@@ -33,7 +33,7 @@ _READING = 24.0
 _RESTING = Plan(None, 0, "plain: drafting did not pay a moment ago")
 _CLEARLY_NOT, _REST = 0.97, 8
 """Speed under which an offer is clearly not worth it, and tokens for which it is then not priced again."""
-_SAVED, _MOST_SAVED = 1.0, 4.0
+_SAVED, _MOST_SAVED = 0.5, 4.0
 """Plain steps that an empty bank must hold again before drafts are looked for (looking takes more than it earns meanwhile), and the
 most that it saves for a draft that it had to refuse."""
 _SUSPECT = 1.5
