@@ -180,11 +180,13 @@ class Engine:
     def close(self) -> None:
         """End worker threads, give memory back, and keep the controller's profile if asked to. Raises CacheError."""
         learnt = self.controller.snapshot() if self._profile is not None else None
-        if self._profile is not None and learnt is not None:
-            write_json_atomic(self._profile, learnt)
-        shutdown = getattr(self.runner, "shutdown", None)
-        if shutdown is not None:
-            shutdown()
+        try:
+            if self._profile is not None and learnt is not None:
+                write_json_atomic(self._profile, learnt)
+        finally:
+            shutdown = getattr(self.runner, "shutdown", None)
+            if shutdown is not None:
+                shutdown()
 
     # ---------- the loop ----------
 

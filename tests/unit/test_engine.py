@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from paceline.costs import CostTable, DraftCost
 from paceline.drafting import registry as drafting
 from paceline.drafting.base import Drafter, DrafterContext
 from paceline.engine import Engine
-from paceline.errors import ModelError, OptionError, PromptError
+from paceline.errors import CacheError, ModelError, OptionError, PromptError
 from paceline.execution.base import ForwardOutput, Segment
 from toys import Language, ToyRunner, next_token_language, noisy_language, random_language
 
@@ -285,3 +286,19 @@ def test_the_seed_of_a_stream_is_known_before_its_end() -> None:
     events = list(make_engine().stream(PROMPT, SamplingParams(max_tokens=4, temperature=1.0)))
     assert events[-1].result is not None
     assert {event.seed for event in events} == {events[-1].result.seed}
+
+
+def test_an_engine_gives_its_threads_back_even_when_its_profile_cannot_be_kept(tmp_path: Path) -> None:
+    class Runner(ToyRunner):
+        ended = False
+
+        def shutdown(self) -> None:
+            self.ended = True
+
+    (tmp_path / "folder").write_text("a file, where a folder should be")
+    base = make_engine(controller="pacer")
+    runner = Runner(random_language(VOCAB, order=2), VOCAB)
+    engine = Engine(runner, costs=base.costs, controller=base.controller, profile=tmp_path / "folder" / "profile.json")
+    with pytest.raises(CacheError):
+        engine.close()
+    assert runner.ended

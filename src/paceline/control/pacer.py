@@ -61,7 +61,7 @@ class PacerOptions:
     """What it may lose at once, in plain steps (0 to 1000)."""
     cap: float = 200.0
     """Most that is kept of earlier gains, in plain steps (0 to 1e6)."""
-    margin: float = 0.04
+    margin: float = 0.02
     """Drafting must promise this much more than plain decoding, relative (0 to 1): learning from a draft comes after its round, in
     whose time it does not show."""
     explain: bool = False
