@@ -45,7 +45,7 @@ _LESSON, _SETTLED = 4, 32
 """Rounds of a kind of which one teaches costs, once that many have: a lesson takes longer than what it tells is worth then."""
 _TOGETHER = 4
 """Finished rounds that are taken in at once: what runs after a forward finds cold caches, so several cost little more than one."""
-_TRIAL = 32
+_TRIAL = 4
 """Tokens after which a plain step must be priced; until then rounds are charged by what was measured at another time."""
 _DOUBLE_PROOF = 0.1
 
@@ -186,7 +186,7 @@ class Pacer(Controller):
         due = record.batch_size if record.batch_size > 1 else _TOGETHER
         if self._saving_for > 0.0:  # nothing is drafted before the bank has saved some rounds anyway
             due *= 4
-        elif self._renewing or self._bank.is_short:
+        elif self._renewing or self._bank.is_short or not self._costs.knows_plain(record.batch_size):
             due = record.batch_size
         if len(self._finished) >= due or is_speculative(record):
             self._take_in()
