@@ -7,7 +7,7 @@ over its rounds of
   + draft(drafted, context)      to look and to propose, by drafter; the method's own, or pooled where all have the same drafters
   + reading(lag)                 what a draft takes more when its drafter must read more than `LAG` tokens first, pooled
   + rest(drafted)                to accept and to commit; the method's own, or pooled like the draft
-  + control                      the method's own time to plan, to stop drafts and to learn, a round
+  + control                      the answer's own time to plan, to stop drafts and to learn, interruptions capped
 
 so that two methods that do the same thing get the same speed, whatever the machine did meanwhile: a control variate. A price is a
 median (of what has two modes, a mean with the highest twentieth capped) of the rounds of that size with a context of the same 128
@@ -149,14 +149,14 @@ class _Rounds:
         for sample in samples:
             steps, owner = sample.result.steps, self._owner(sample)
             for step, lag in _lags(steps):
-                if lag <= LAG:
+                if lag <= LAG and _looked(step):
                     drafts[owner, step.drafter].append((step.num_drafted, step.context_length, step.draft_seconds))
                 rest[owner, step.num_drafted].append(_rest(step))
-            if steps:
-                control[sample.method].append(fmean(step.control_seconds for step in steps))
+            control[sample.method] += [step.control_seconds for step in steps]
         self._drafts = {key: Prices(seen, typical) for key, seen in drafts.items()}
         self._rest = {key: typical(values) for key, values in rest.items()}
-        self._control = {method: median(values) for method, values in control.items()}
+        # Interruptions of a method's control are capped to these.
+        self._longest = {method: sorted(values)[int(0.95 * len(values))] for method, values in control.items() if values}
         reading: Cells[tuple[str | None, int]] = defaultdict(list)
         for sample in samples:
             for step, lag in _lags(sample.result.steps):
@@ -176,14 +176,16 @@ class _Rounds:
     def seconds(self, sample: Sample) -> float:
         """Drafting, acceptance and control of a whole answer."""
         owner, steps = self._owner(sample), sample.result.steps
-        total = len(steps) * self._control[sample.method]
+        total = 0.0
         for step, lag in _lags(steps):
+            total += min(step.control_seconds, self._longest[sample.method]) + self._rest[owner, step.num_drafted]
+            if not _looked(step):
+                continue
             usual = self._usual(owner, step)
             if usual is None:
                 total += step.draft_seconds
             else:
                 total += usual + (self._reading[step.drafter, lag // _READ] if lag > LAG else 0.0)
-            total += self._rest[owner, step.num_drafted]
         return total
 
 
@@ -196,6 +198,11 @@ def _lags(steps: Sequence[StepRecord]) -> Iterator[tuple[StepRecord, int]]:
             lag = step.context_length - seen.get(step.drafter, 0)
             seen[step.drafter] = step.context_length + step.num_emitted
         yield step, lag
+
+
+def _looked(step: StepRecord) -> bool:
+    """Whether drafters were asked for anything in the round."""
+    return step.drafter is not None or step.draft_seconds > 0.0
 
 
 def _rest(step: StepRecord) -> float:
