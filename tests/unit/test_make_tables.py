@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-import paceline
+from scripts import loaded_script
 
 MACHINE = {"machine": {"cpu": "A CPU", "cores": 2}}
 RUNNER = {"model": "default", "runner": {"precision": "int8", "backend": "native", "device": "cpu"}}
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    path = Path(paceline.__file__).parents[2] / "benchmarks" / "make_tables.py"
-    spec = importlib.util.spec_from_file_location("make_tables", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script() -> Iterator[ModuleType]:
+    with loaded_script("make_tables") as module:
+        yield module
 
 
 def in_columns(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ _LEAST_ROW = 0.002
 """Least that one more row of a forward costs, in plain steps."""
 _CALIBRATED = 64
 _LESSON, _SETTLED = 4, 32
-"""Rounds of a kind of which one teaches costs, once that many have: a lesson takes longer than what it tells is worth then."""
+"""Drafted rounds of which one teaches costs, once that many have: a lesson takes longer than what it tells is worth then."""
 _TOGETHER = 4
 """Finished rounds that are taken in at once: what runs after a forward finds cold caches, so several cost little more than one."""
 _TRIAL = 4
@@ -248,7 +248,7 @@ class Pacer(Controller):
                 self._learn_quality(record, seconds)
             if record.warmup:
                 continue
-            if self._takes_lesson(batch, speculative) or (lane.arbiter.wants_plain and not speculative):
+            if self._takes_lesson(batch, speculative):
                 self._learn_costs(lesson)
                 if speculative and self._bank.is_short and self._costs.plain_is_stale:
                     lane.arbiter.renew()

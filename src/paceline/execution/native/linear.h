@@ -161,7 +161,6 @@ INLINE void tile_q4(const uint8_t *t, int k, const Acts *a, int row, const int m
   EACH_ROW(r, m) out[r] = y[r];
 }
 
-
 #define TILE_CASE(M)                                                                            \
   case M:                                                                                       \
     if (w->kind == Q4) tile_q4(t, w->k, a, row, M, y);                                          \
