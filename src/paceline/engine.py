@@ -22,14 +22,13 @@ from paceline.execution.base import Runner, prefill
 from paceline.execution.threads import torch_threads
 from paceline.models.base import ModelSource, Tokenizer
 from paceline.models.cachedir import write_json_atomic
-from paceline.records import GenerationResult, Plan, Round
+from paceline.records import GenerationResult, Round
 from paceline.request import Request, StreamEvent
 from paceline.sampling import check_token_ids, resolve_seed
 
 __all__ = ["Engine", "StreamEvent"]
 
 Prompt = str | Sequence[int]
-_NOT_TOGETHER = Plan(None, 0, "plain: the drafts of the batch would not pay together")
 MAX_BATCH = 32
 """Sequences that are decoded together; more prompts wait their turn."""
 
@@ -235,37 +234,39 @@ class Engine:
 
     def _draft(self, requests: Sequence[Request], controller: Controller) -> tuple[list[Round], int]:
         """Plans and drafts of a round, and the rows of its forward. Drafters that can draft for all sequences at once do so."""
-        steps: list[Round] = []
-        waiting: dict[str, list[tuple[Request, Round, DraftJob]]] = {}
+        steps = self._plan(requests, controller)
+        waiting: dict[str, list[tuple[Round, DraftJob]]] = {}
         together = {d.name: d for d in self.drafters if d.drafts_together} if len(requests) > 1 else {}
-        rows = 0
-        for later, request in zip(reversed(range(len(requests))), requests, strict=True):
-            step = request.plan(controller, self.speculation.max_draft_tokens, len(requests), rows + later)
-            step.control_seconds += self._learning / len(requests)
-            steps.append(step)
+        for request, step in zip(requests, steps, strict=True):
             job, name = request.job(step, controller), step.plan.drafter or ""
             if job is not None and name in together:
-                waiting.setdefault(name, []).append((request, step, job))
-                # How many it will be is not known yet: about as many as it expects to emit.
-                rows += 1 + min(step.plan.num_draft, max(1, round(step.plan.expected_emitted)))
-                continue
-            if job is not None:
+                waiting.setdefault(name, []).append((step, job))
+            elif job is not None:
                 started = perf_counter()
                 step.draft = job.session.propose(job.num_tokens, job.keep_drafting)
                 step.draft_seconds += perf_counter() - started
-            rows += len(step.draft) + 1
         for name, joined in waiting.items():
             started = perf_counter()
-            if not controller.agree([request.id for request, _, _ in joined]):
-                for _, step, _ in joined:
-                    step.plan = _NOT_TOGETHER
-                continue
-            drafts = together[name].propose_together([job for _, _, job in joined])
+            drafts = together[name].propose_together([job for _, job in joined])
             seconds = perf_counter() - started
-            for (_, step, _), draft in zip(joined, drafts, strict=True):
+            for (step, _), draft in zip(joined, drafts, strict=True):
                 step.draft = draft
                 step.draft_seconds += seconds
         return steps, sum(len(step.draft) + 1 for step in steps)
+
+    def _plan(self, requests: Sequence[Request], controller: Controller) -> list[Round]:
+        """What the controller decides for the coming round of every request, from what their drafters could do."""
+        looks = [request.look(controller, self.speculation.max_draft_tokens, len(requests)) for request in requests]
+        started = perf_counter()
+        asked = [(step, context) for step, context in looks if context is not None]
+        plans = controller.plan_batch([context for _, context in asked]) if asked else []
+        for (step, context), plan in zip(asked, plans, strict=True):
+            step.plan = plan
+            step.signal = next((o.signal for o in context.outlooks if o.drafter == plan.drafter), 0)
+        each = (perf_counter() - started + self._learning) / len(requests)
+        for step, _ in looks:
+            step.control_seconds += each
+        return [step for step, _ in looks]
 
     def _warmup_seconds(self) -> float:
         return self.runner.warmup_seconds + sum(drafter.warmup_seconds for drafter in self.drafters)

@@ -105,21 +105,20 @@ class Request:
 
     # ---------- plan and draft ----------
 
-    def plan(self, controller: Controller, max_draft: int, batch_size: int, other_rows: int) -> Round:
-        """Ask the controller what to do in the coming round."""
+    def look(self, controller: Controller, max_draft: int, batch_size: int) -> tuple[Round, RoundContext | None]:
+        """The coming round as far as nobody need be asked: plain. And what a controller should know to decide otherwise, unless
+        there is nothing to decide."""
         length = len(self.tokens)
         remaining = min(self.params.max_tokens - self.num_generated, self._max_context - length)
         limit = min(max_draft, remaining - 1)
         if limit < 1 or not self.sessions:
-            return Round(PLAIN, length)
+            return Round(PLAIN, length), None
         started = perf_counter()
         if (unseen := controller.plan_unseen(self.task, batch_size)) is not None:
-            return Round(unseen, length, control_seconds=perf_counter() - started)
+            return Round(unseen, length, control_seconds=perf_counter() - started), None
         outlooks = tuple(session.outlook(limit) for session in self.sessions.values())
-        looked = perf_counter()
-        plan = controller.plan(RoundContext(self.id, length, limit, outlooks, batch_size, other_rows, self.task, remaining))
-        signal = next((o.signal for o in outlooks if o.drafter == plan.drafter), 0)
-        return Round(plan, length, signal, control_seconds=perf_counter() - looked, draft_seconds=looked - started)
+        context = RoundContext(self.id, length, limit, outlooks, batch_size, self.task, remaining)
+        return Round(PLAIN, length, draft_seconds=perf_counter() - started), context
 
     def job(self, step: Round, controller: Controller) -> DraftJob | None:
         """What the chosen drafter is to propose, if one was chosen."""

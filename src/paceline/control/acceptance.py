@@ -11,7 +11,9 @@ are discounted, so that old text fades. Estimates have three levels:
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from paceline.records import StepRecord
@@ -25,6 +27,9 @@ found with n-grams on instruction data. Bucket 0 is a drafter that gives no sign
 NUM_BUCKETS = len(_FIRST)
 _PRIOR = tuple((first, *(first if bucket == 0 else 0.5 + 0.4 * first,) * (POSITIONS - 1)) for bucket, first in enumerate(_FIRST))
 """The same for positions 1, 2, ...: a match that held once is longer, and likelier to hold again, than its signal says."""
+_TEMPERATURE = re.compile(r"@\d\.\d$")
+_COOLING = 0.8
+"""By how much, in log-odds, a temperature of 1 lowers the chance that a draw is the token that stood behind a match."""
 _SURPRISE, _ALARM = 8.0, 5.0
 _HALF_LIFE = 512.0
 """Tokens after which a request's evidence counts half, whether or not new evidence came."""
@@ -33,6 +38,12 @@ _HALF_LIFE = 512.0
 def signal_bucket(signal: int) -> int:
     """Bucket of a drafter's signal: 0, 1, ..., 8, then 9 to 16, then 17 and more."""
     return max(signal, 0) if signal <= 8 else 9 if signal <= 16 else 10
+
+
+def temperature_tag(task: str) -> str:
+    """The part of a task's tag that tells its temperature; empty for greedy decoding."""
+    found = _TEMPERATURE.search(task)
+    return found.group() if found is not None else ""
 
 
 def observed_labels(record: StepRecord) -> tuple[float, ...]:
@@ -162,6 +173,16 @@ class _Run:
         return self._score > _ALARM
 
 
+@cache
+def _prior(bucket: int, tag: str) -> tuple[float, ...]:
+    """The prior at a temperature. A draft without signals draws as the target does, or knows its own chance."""
+    prior = _PRIOR[bucket]
+    if bucket == 0 or not tag:
+        return prior
+    odds = math.exp(-_COOLING * float(tag[1:]))
+    return tuple(odds * rate / (1.0 + (odds - 1.0) * rate) for rate in prior)
+
+
 def _inside(rate: float) -> float:
     return 0.002 if rate < 0.002 else 0.998 if rate > 0.998 else rate
 
@@ -183,7 +204,7 @@ class AcceptanceModel:
     def rates(self, request_id: int, task: str, drafter: str, bucket: int, count: int) -> list[float]:
         """Estimated chances a_1 .. a_count that a position is accepted, given that those before it were."""
         pool = self._pools.get((task, drafter, bucket))
-        rates = (pool if pool is not None else self._new_pool(drafter, bucket)).rates(count)
+        rates = (pool if pool is not None else self._new_pool(task, drafter, bucket)).rates(count)
         shifts = self._requests.get(request_id)
         shift = shifts.get(drafter) if shifts is not None else None
         return shift.apply(rates) if shift is not None else rates
@@ -202,7 +223,7 @@ class AcceptanceModel:
             return
         pool = self._pools.get((task, drafter, bucket))
         if pool is None:
-            pool = self._pools[(task, drafter, bucket)] = self._new_pool(drafter, bucket)
+            pool = self._pools[(task, drafter, bucket)] = self._new_pool(task, drafter, bucket)
         count, hits = len(labels), sum(labels)
         shifts = self._requests.get(request_id)
         if shifts is None:
@@ -211,10 +232,11 @@ class AcceptanceModel:
         if own is None:
             own = shifts[drafter] = WatchedShift(self._request_discount, self._weight)
         own.update(count, hits, sum(pool.rates(count)), now)
-        level = self._levels.get(drafter)
+        tag = temperature_tag(task)
+        level = self._levels.get(drafter + tag)
         if level is None:
-            level = self._levels[drafter] = Shift(self._pool_discount, self._weight)
-        prior = _PRIOR[bucket]
+            level = self._levels[drafter + tag] = Shift(self._pool_discount, self._weight)
+        prior = _prior(bucket, tag)
         level.update(count, hits, sum(prior[:count]) + prior[-1] * max(0, count - POSITIONS))
         pool.update(labels)
 
@@ -242,10 +264,11 @@ class AcceptanceModel:
             task, drafter, bucket = str(data["task"]), str(data["drafter"]), int(data["bucket"])
             if not 0 <= bucket < NUM_BUCKETS:
                 raise ValueError(f"acceptance counts: bucket {bucket} is not in [0, {NUM_BUCKETS})")
-            pool = self._new_pool(drafter, bucket)
+            pool = self._new_pool(task, drafter, bucket)
             pool.restore(data["hits"], data["totals"], data["seen"], most)
             self._pools[(task, drafter, bucket)] = pool
 
-    def _new_pool(self, drafter: str, bucket: int) -> PositionTable:
-        prior, level = _PRIOR[bucket], self._levels.get(drafter)
+    def _new_pool(self, task: str, drafter: str, bucket: int) -> PositionTable:
+        tag = temperature_tag(task)
+        prior, level = _prior(bucket, tag), self._levels.get(drafter + tag)
         return PositionTable(self._pool_discount, level.apply(list(prior)) if level is not None else prior, 3.0)

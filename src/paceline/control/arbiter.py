@@ -48,12 +48,12 @@ class Arbiter:
     def __init__(self, window: int = 32, dwell: int = 2, retry: int = 256, refresh: int = 512) -> None:
         self._window, self._dwell, self._retry, self._refresh = window, dwell, retry, refresh
         self._estimate = Estimate()
-        self._rounds = 0
+        self._rounds = 0.0
         self._worth = 0.0
         self._seconds = 0.0
         self._against = 0
         self._since_plain = 0.0
-        self._plain_left = 0
+        self._plain_left = 0.0
         self._banned_for = 0.0
 
     @property
@@ -64,21 +64,21 @@ class Arbiter:
     @property
     def wants_plain(self) -> bool:
         """A plain round is due to renew the price of a plain step."""
-        return self._plain_left > 0
+        return self._plain_left > 0.001
 
     def renew(self) -> None:
         """Ask for the price of a plain step: the machine is not what it was."""
         self._plain_left = _RENEWAL
 
-    def observe(self, plain_seconds: float, num_emitted: float, seconds: float, speculative: bool) -> None:
-        """Count a finished round. plain_seconds: price of a plain step now."""
+    def observe(self, plain_seconds: float, num_emitted: float, seconds: float, speculative: bool, weight: float = 1.0) -> None:
+        """Count a finished round. plain_seconds: price of a plain step now; weight: share of a round that a record stands for."""
         if speculative:
             self._since_plain += num_emitted
             if self._since_plain >= self._refresh:
-                self._plain_left = max(self._plain_left, 1)
+                self._plain_left = max(self._plain_left, 1.0)
         else:
             self._since_plain = 0.0
-            self._plain_left = max(0, self._plain_left - 1)
+            self._plain_left = max(0.0, self._plain_left - weight)
         if self._banned_for > 0.0:
             self._banned_for -= num_emitted
             return
@@ -86,15 +86,15 @@ class Arbiter:
             return
         self._worth += plain_seconds * num_emitted
         self._seconds += seconds
-        self._rounds += 1
-        if self._rounds >= self._window:
+        self._rounds += weight
+        if self._rounds > self._window - 0.001:
             self._close_window()
 
     def _close_window(self) -> None:
         estimate = self._estimate
         value = self._worth / self._seconds if self._seconds > 0.0 else 1.0
         estimate.update(value)
-        self._rounds, self._worth, self._seconds = 0, 0.0, 0.0
+        self._rounds = self._worth = self._seconds = 0.0
         # A bad start that is over already must not count against the present.
         if not (better(estimate.value, 1.0, estimate.deviation, 0.0) and better(value, 1.0, 0.0, 0.0)):
             self._against = 0

@@ -14,6 +14,9 @@ HICCUP = 3.0
 """A round that takes this many times what was expected was interrupted by the machine."""
 _LONGEST_LOOK = 0.25
 """Plain steps; beyond, it was an interruption of the machine."""
+_SAVED, _MOST_SAVED = 0.5, 4.0
+"""Plain steps that an empty bank must hold again before drafts are looked for (looking takes more than it earns meanwhile), and the
+most that it saves for a draft that it had to refuse."""
 
 
 class TimeBank:
@@ -24,7 +27,7 @@ class TimeBank:
     the start: only an interruption of the machine can make one, and it must not forbid speculation for good.
     """
 
-    __slots__ = ("_cap", "_eps", "_forgiven", "_opened_at", "_since", "_start", "granted", "is_open", "slack")
+    __slots__ = ("_cap", "_eps", "_forgiven", "_opened_at", "_since", "_start", "granted", "is_open", "saving_for", "slack")
 
     def __init__(self, eps: float = 0.01, start: float = 3.0, cap: float = 200.0) -> None:
         self._eps, self._start, self._cap = eps, start, cap
@@ -34,7 +37,9 @@ class TimeBank:
         self.slack = 0.0
         """(1 + eps) * plain time + start - time so far, but at most the cap; seconds."""
         self.granted = 0.0
-        """Losses allowed to plans of the running round (several in a batch), seconds."""
+        """Losses allowed to plans of the running round, seconds."""
+        self.saving_for = 0.0
+        """Seconds to hold before drafts are looked for again; 0: it was neither empty nor too poor for a draft."""
 
     @property
     def is_short(self) -> bool:
@@ -64,6 +69,11 @@ class TimeBank:
         self.granted += loss
         return True
 
+    def save_for(self, goal: float, plain_seconds: float) -> None:
+        """Look for no drafts until this many seconds are held, unless that would take too long."""
+        if goal <= min(_MOST_SAVED, self._cap) * plain_seconds:
+            self.saving_for = goal
+
     def settle_plain(self, plain_seconds: float, num_emitted: float = 1.0, looking: float = 0.0, rounds: float = 1.0) -> None:
         """Plain rounds: their time is plain time by definition, and their tokens add their share of eps.
 
@@ -89,3 +99,7 @@ class TimeBank:
     def _settle(self, gain: float, plain_seconds: float) -> None:
         self.granted = 0.0
         self.slack = max(min(self.slack + gain, self._cap * plain_seconds), -self._start * plain_seconds)
+        if self.slack <= 0.0:
+            self.saving_for = max(self.saving_for, min(_SAVED, self._cap) * plain_seconds)
+        elif self.slack >= self.saving_for:
+            self.saving_for = 0.0

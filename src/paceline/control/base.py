@@ -26,8 +26,6 @@ class RoundContext:
     outlooks: tuple[Outlook, ...]
     """One for each drafter, in the user's order of preference; empty when nothing can draft."""
     batch_size: int = 1
-    other_rows: int = 0
-    """Rows that the other sequences bring to this round's forward: their drafts so far, and a row for each that comes later."""
     task: str = ""
     """Tag of similar requests that share what was learnt."""
     remaining: int = 64
@@ -50,10 +48,9 @@ class Controller(ABC):
         """
         return None
 
-    def agree(self, request_ids: Sequence[int]) -> bool:
-        """Asked once a batch is planned, of those sequences whose drafts would be made together, in shared steps: shall they be?
-        If not, their rounds are plain."""
-        return True
+    def plan_batch(self, contexts: Sequence[RoundContext]) -> list[Plan]:
+        """Decide the coming round of all sequences that could draft in it, in their order. By itself one after another."""
+        return [self.plan(context) for context in contexts]
 
     def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
         """Asked after each drawn token, which stays in the draft: shall another one follow?"""

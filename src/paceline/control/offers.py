@@ -7,8 +7,15 @@ from dataclasses import dataclass, field
 
 from paceline.control.arbiter import Arbiter
 from paceline.control.bank import TimeBank
-from paceline.control.base import RoundContext
 from paceline.records import Outlook, StepRecord
+
+DUE_CATCH_UP, _STAY = 8, 16
+CLEARLY_NOT, REST = 0.97, 8
+"""Speed under which an offer is clearly not worth it, and tokens for which it is then not priced again."""
+CALIBRATED = 64
+"""Labels from which on a drafter's confidence may end its drafts."""
+DOUBLE_PROOF = 0.1
+"""What drafting must promise above the margin while its purse is empty."""
 
 
 @dataclass(slots=True)
@@ -18,10 +25,10 @@ class Lane:
     arbiter: Arbiter = field(default_factory=Arbiter)
     rests: dict[tuple[str, int], int] = field(default_factory=dict)
     """Token count until which a drafter's offers at a level of evidence are not priced again."""
+    rest_until: int = 0
+    """Token count until which no round of a batch is priced, for nothing paid clearly enough."""
     purse: TimeBank = field(default_factory=lambda: TimeBank(eps=0.002, start=2.0, cap=50.0))
     """A second, smaller bank: while it is empty nothing is probed, and a promise must be clear to be believed."""
-    speed: float = 1.0
-    """Delivered speed of batched speculative rounds, relative to plain decoding."""
 
 
 @dataclass(slots=True)
@@ -32,7 +39,7 @@ class Offer:
     bucket: int
     rates: list[float]
     seconds: list[float]
-    """Predicted time of the round for 0, 1, ... drafted tokens; in a batch, of the shared forward and this draft."""
+    """Predicted time of the round for 0, 1, ... drafted tokens."""
     num_draft: int
     emitted: float
     merit: float
@@ -46,14 +53,8 @@ class RunningDraft:
     offer: Offer
     price: float
     """Tokens a second that the stop rule asks for; 0: draft all that was planned."""
+    task: str
     survival: float = 1.0
-    probe: bool = False
-    seconds: float = 0.0
-    """What its draft takes if no other sequence drafts along."""
-    paid: float = 0.0
-    """The part of that which its offer was charged with."""
-    tokens_per_second: float = 0.0
-    """Price of time in a batch."""
 
 
 @dataclass(slots=True)
@@ -75,6 +76,8 @@ class Lesson:
     rounds: float
     lag: int | None = None
     """Tokens that the draft's cache had to catch up; None for plain rounds."""
+    times_draft: bool = True
+    """Its draft was as long as drafting took: the shared steps of a batch are those of the longest draft."""
 
     @property
     def is_pressing(self) -> bool:
@@ -103,16 +106,13 @@ def _same_kind(one: StepRecord, other: StepRecord) -> bool:
     return one.batch_size == other.batch_size and one.task == other.task and one.warmup == other.warmup
 
 
-def is_alone(context: RoundContext) -> bool:
-    """Whether the round's forward serves this sequence only."""
-    return context.batch_size == 1 and context.other_rows == 0
+def batch_bucket(batch: int) -> int:
+    """Batches of 1, 2, 3 to 4, 5 to 8, ... sequences share what they learn of themselves."""
+    return (batch - 1).bit_length()
 
 
-def base_rows(context: RoundContext) -> int:
-    """Rows of the round's forward if this sequence drafts nothing: sequences that come later bring at least one each."""
-    return max(context.other_rows + 1, context.batch_size)
-
-
-def batch_price(context: RoundContext, plain: float, lane: Lane) -> float:
-    """Tokens a second that the whole batch emits: at least those of plain decoding, else what was delivered lately."""
-    return max(1.0, lane.speed) * context.batch_size / plain
+def spread_lag(lag: int, remaining: int) -> int:
+    """Tokens of a lag that one round is charged with: a long one is paid once for a stay of many rounds (7.8), those that are left
+    at a few tokens each."""
+    stay = min(max(remaining // 3, _STAY), 4 * _STAY)
+    return lag if lag <= DUE_CATCH_UP else max(DUE_CATCH_UP, lag // stay)

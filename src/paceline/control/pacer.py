@@ -16,8 +16,22 @@ from typing import Any
 from paceline.control.acceptance import signal_bucket
 from paceline.control.bank import TimeBank
 from paceline.control.base import Controller, RoundContext
-from paceline.control.offers import Lane, Lesson, Offer, RunningDraft, alike, base_rows, batch_price, is_alone, is_speculative
-from paceline.control.pricing import LearnedCosts, best_net, best_ratio, round_seconds, rows_bucket, worth_another
+from paceline.control.batches import JointPlanner
+from paceline.control.offers import (
+    CALIBRATED,
+    CLEARLY_NOT,
+    DOUBLE_PROOF,
+    REST,
+    Lane,
+    Lesson,
+    Offer,
+    RunningDraft,
+    alike,
+    batch_bucket,
+    is_speculative,
+    spread_lag,
+)
+from paceline.control.pricing import LearnedCosts, best_ratio, round_seconds, worth_another
 from paceline.control.probing import ProbeSchedule
 from paceline.control.quality import DraftQuality
 from paceline.costs import CostTable
@@ -27,27 +41,19 @@ from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
 _NOTHING = Plan(None, 0, "plain: nothing to draft")
 _SAVING = Plan(None, 0, "plain: bank, earlier losses come first")
 _FORBIDDEN = Plan(None, 0, "plain: speculation delivered less lately")
-_DUE_CATCH_UP, _STAY = 8, 16
 _READING = 24.0
 """Plain steps that reading its first prompt may cost a drafter; a longer one must be earned first."""
 _RESTING = Plan(None, 0, "plain: drafting did not pay a moment ago")
-_CLEARLY_NOT, _REST = 0.97, 8
-"""Speed under which an offer is clearly not worth it, and tokens for which it is then not priced again."""
-_SAVED, _MOST_SAVED = 0.5, 4.0
-"""Plain steps that an empty bank must hold again before drafts are looked for (looking takes more than it earns meanwhile), and the
-most that it saves for a draft that it had to refuse."""
 _SUSPECT = 1.5
 """A round that took this many times what was expected may have been interrupted by the machine."""
 _LEAST_ROW = 0.002
 """Least that one more row of a forward costs, in plain steps."""
-_CALIBRATED = 64
 _LESSON, _SETTLED = 4, 32
 """Drafted rounds of which one teaches costs, once that many have: a lesson takes longer than what it tells is worth then."""
 _TOGETHER = 4
 """Finished rounds that are taken in at once: what runs after a forward finds cold caches, so several cost little more than one."""
 _TRIAL = 4
 """Tokens after which a plain step must be priced; until then rounds are charged by what was measured at another time."""
-_DOUBLE_PROOF = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,10 +92,9 @@ class Pacer(Controller):
         self._quality = DraftQuality()
         self._bank = TimeBank(options.eps, options.start, options.cap)
         self._probes = ProbeSchedule()
+        self._joint = JointPlanner(self._costs, self._quality, self._bank, self._probes, options.margin)
         self._lanes: dict[tuple[str, int], Lane] = {}
         self._running: dict[int, RunningDraft] = {}
-        self._resting: dict[int, int] = {}
-        """Token count until which a request of a batch, for which nothing paid clearly enough, is not priced again."""
         self._read: set[str] = set()
         """Drafters that were lent the time to read a prompt."""
         self._tokens = 0
@@ -101,114 +106,115 @@ class Pacer(Controller):
         """The running round is to tell the price of a plain step."""
         self._drafted_rounds = 0
         """Speculative rounds of single sequences."""
-        self._saving_for = 0.0
-        """Seconds that the bank must hold before drafts are looked for again; 0: it was neither empty nor too poor for a draft."""
+        if options.explain:
+            self.explain()
 
     def plan_unseen(self, task: str, batch_size: int) -> Plan | None:
-        if self._saving_for > 0.0:
+        if self._bank.saving_for > 0.0:
             return _SAVING
-        lane = self._lanes.get((task, rows_bucket(batch_size)))
+        lane = self._lanes.get(_lane_key(task, batch_size))
         return _FORBIDDEN if lane is not None and lane.arbiter.forbids else None
 
+    def plan_batch(self, contexts: Sequence[RoundContext]) -> list[Plan]:
+        first = contexts[0]
+        if first.batch_size == 1:
+            return [self.plan(first)]
+        if (unseen := self.plan_unseen(first.task, first.batch_size)) is not None:
+            return [unseen] * len(contexts)
+        plain = self._costs.plain(max(context.context_length for context in contexts), first.batch_size)
+        lane = self._lane(first.task, first.batch_size, plain)
+        if self._tokens < lane.rest_until:
+            return [_RESTING] * len(contexts)
+        if lane.arbiter.wants_plain or self._needs_plain(first.batch_size):
+            return [self._renew(plain)] * len(contexts)
+        return self._joint.plan(contexts, plain, lane, self._tokens)
+
     def plan(self, context: RoundContext) -> Plan:
+        if context.batch_size > 1:
+            return self.plan_batch([context])[0]
         able = [o for o in context.outlooks if o.available > 0] if context.max_draft > 0 else []
         if not able:
             return _NOTHING
         if (unseen := self.plan_unseen(context.task, context.batch_size)) is not None:
             return unseen
-        if self._tokens < self._resting.get(context.request_id, 0):
-            return _RESTING
         # Deciding has a price, too: what clearly did not pay is left alone for some tokens.
-        known = self._lanes.get((context.task, rows_bucket(context.batch_size)))
+        known = self._lanes.get(_lane_key(context.task, 1))
         if known is not None:
             able = [o for o in able if self._tokens >= known.rests.get((o.drafter, o.signal), 0)]
             if not able:
                 return _RESTING
-        plain = self._costs.plain(context.context_length, context.batch_size)
-        lane = self._lane(context.task, context.batch_size, plain)
-        if lane.arbiter.wants_plain or self._needs_plain(context.batch_size):
-            self._take_in()  # what came before says nothing of the machine as it is now
-            self._renewing = True
-            return Plan(None, 0, "plain: renewing the price of a plain step", 1.0, plain)
-        best = self._offer(context, able[0], plain, lane)
+        plain = self._costs.plain(context.context_length)
+        lane = self._lane(context.task, 1, plain)
+        if lane.arbiter.wants_plain or self._needs_plain(1):
+            return self._renew(plain)
+        best = self._offer(context, able[0], plain)
         others: list[Offer] = []
         for outlook in able[1:]:
-            offer = self._offer(context, outlook, plain, lane)
+            offer = self._offer(context, outlook, plain)
             if offer.merit > best.merit:
                 best, offer = offer, best
             others.append(offer)
-        pays = best.merit > 1.0 + self.options.margin + (_DOUBLE_PROOF if lane.purse.slack <= 0.0 else 0.0)
+        pays = best.merit > 1.0 + self.options.margin + (DOUBLE_PROOF if lane.purse.slack <= 0.0 else 0.0)
         for offer in others if pays else [best, *others]:
             if self._may_probe(context, offer, plain, best.merit if pays else 1.0, lane):
                 return self._grant(context, offer, plain, lane, min(offer.num_draft, 2), probe=True)
         for offer in (best, *others):
-            if offer.merit < _CLEARLY_NOT:
-                lane.rests[(offer.outlook.drafter, offer.outlook.signal)] = self._tokens + _REST
+            if offer.merit < CLEARLY_NOT:
+                lane.rests[(offer.outlook.drafter, offer.outlook.signal)] = self._tokens + REST
         if pays:
             return self._grant(context, best, plain, lane, best.num_draft, probe=False)
-        if context.batch_size > 1 and best.merit < _CLEARLY_NOT:
-            self._resting[context.request_id] = self._tokens + _REST * context.batch_size
         return Plan(None, 0, self._why_plain(best, plain), 1.0, plain)
+
+    def _renew(self, plain: float) -> Plan:
+        """A plain round, to see what one costs now."""
+        self._take_in()  # what came before says nothing of the machine as it is now
+        self._renewing = True
+        return Plan(None, 0, "plain: renewing the price of a plain step", 1.0, plain)
 
     def _needs_plain(self, batch: int) -> bool:
         """Whether the price of a plain step, by which the bank charges rounds, must be seen: at once where the bank runs short."""
         return (self._tokens >= _TRIAL or self._bank.is_short) and not self._costs.knows_plain(batch)
 
-    def agree(self, request_ids: Sequence[int]) -> bool:
-        """Each offer was charged with its share of steps that all take; whether those who take them pay for them shows now."""
-        running = [self._running[request_id] for request_id in request_ids if request_id in self._running]
-        if all(one.probe for one in running):
-            return True
-        unpaid = max(one.seconds for one in running) - sum(one.paid for one in running)
-        gain = sum(one.offer.merit - 1.0 for one in running if not one.probe)
-        if gain > max(unpaid, 0.0) * running[0].tokens_per_second:
-            return True
-        for request_id in request_ids:
-            self._running.pop(request_id, None)
-            self._resting[request_id] = self._tokens + _REST * len(request_ids)
-        return False
-
     def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
+        if (joint := self._joint.keep_drafting(request_id, features)) is not None:
+            return joint
         running = self._running.get(request_id)
         if running is None:
             return True
         offer = running.offer
         drafter = offer.outlook.drafter
+        confident = self._quality.states_confidence(drafter, running.task)
+        confident.asks = True
         if running.price == 0.0:
-            self._quality.states_confidence(drafter).asks = True
             return True
-        running.survival *= self._quality.states_confidence(drafter).model.chance(features.position, features.max_prob)
+        running.survival *= confident.model.chance(features.position, features.max_prob)
         return worth_another(running.survival, features.position, offer.rates, offer.seconds, running.price)
 
     def observe(self, record: StepRecord) -> None:
         self._tokens += record.num_emitted
         self._finished.append(record)
         due = record.batch_size if record.batch_size > 1 else _TOGETHER
-        if self._saving_for > 0.0:  # nothing is drafted before the bank has saved some rounds anyway
+        if self._bank.saving_for > 0.0:  # nothing is drafted before the bank has saved some rounds anyway
             due *= 4
         elif self._renewing or self._bank.is_short or not self._costs.knows_plain(record.batch_size):
             due = record.batch_size
-        if len(self._finished) >= due or is_speculative(record):
+        if len(self._finished) >= due or (record.batch_size == 1 and is_speculative(record)):
             self._take_in()
 
     def _take_in(self) -> None:
         """Settle all finished rounds, and learn from them when there is enough to learn."""
         finished, self._finished, self._renewing = self._finished, [], False
+        longest = max((record.num_drafted for record in finished), default=0)
         for rounds in alike(finished):
             if is_speculative(rounds[0]):
-                self._settle(rounds[0])
+                self._settle(rounds[0], longest)
             else:
                 self._settle_plain(rounds)
-            if self._bank.slack <= 0.0:
-                plain = self._lessons[-1].plain
-                self._saving_for = max(self._saving_for, min(_SAVED, self.options.cap) * plain)
-            elif self._bank.slack >= self._saving_for:
-                self._saving_for = 0.0
         if self._lessons and (self._lessons[-1].is_pressing or len(self._lessons) >= _TOGETHER):
             self._learn()
 
-    def _settle(self, record: StepRecord) -> None:
-        """Charge a speculative round to the banks, and keep it as a lesson."""
+    def _settle(self, record: StepRecord, longest: int) -> None:
+        """Charge a speculative round to the banks, and keep it as a lesson. longest: draft of the batch, in tokens."""
         batch = record.batch_size
         plain = self._costs.plain(record.context_length, batch)
         lane = self._lane(record.task, batch, plain)
@@ -216,14 +222,15 @@ class Pacer(Controller):
         seconds = record.round_seconds or record.verify_seconds + record.draft_seconds
         steps = record.num_emitted / batch
         running = self._running.pop(record.request_id, None)
+        self._joint.forget(record.request_id)
         ceiling = self._ceiling(record, rows)
         charged = min(seconds, ceiling) if record.warmup else seconds
         self._bank.settle(plain, steps, charged / batch, ceiling / batch, 1.0 / batch)
         lane.purse.settle(plain, steps, min(seconds, ceiling) / batch)
         lag = running.offer.outlook.catch_up if running is not None else 0
-        self._lessons.append(
-            Lesson(record, lane, plain, rows, seconds, record.verify_seconds, record.num_emitted, 1.0 / batch, lag)
-        )
+        lesson = Lesson(record, lane, plain, rows, seconds, record.verify_seconds, record.num_emitted, 1.0 / batch, lag)
+        lesson.times_draft = batch == 1 or record.num_drafted == longest
+        self._lessons.append(lesson)
 
     def _settle_plain(self, records: Sequence[StepRecord]) -> None:
         """As `_settle`, of plain rounds alike. Looking for drafts and deciding against them is speculation's own cost."""
@@ -252,10 +259,7 @@ class Pacer(Controller):
                 self._learn_costs(lesson)
                 if speculative and self._bank.is_short and self._costs.plain_is_stale:
                     lane.arbiter.renew()
-            lane.arbiter.observe(plain / batch, lesson.emitted, seconds / batch, speculative)
-            if speculative and batch > 1 and seconds > 0.0:
-                speed = (record.batch_emitted or record.num_emitted * batch) * plain / (batch * seconds)
-                lane.speed += 0.05 / batch * (min(speed, 2.0 * lane.speed) - lane.speed)
+            lane.arbiter.observe(plain, lesson.emitted / batch, seconds / batch, speculative, lesson.rounds)
 
     def _takes_lesson(self, batch: int, speculative: bool) -> bool:
         """Whether rounds teach costs: all of a batch, all plain ones (taken in several at once), a draft's first ones, then every
@@ -268,16 +272,18 @@ class Pacer(Controller):
     def _learn_quality(self, record: StepRecord, seconds: float) -> None:
         assert record.drafter is not None  # the caller asked
         told = self._quality.learn(record, seconds, self._tokens)
-        key = (record.task, record.drafter, signal_bucket(record.signal), rows_bucket(record.batch_size))
+        alone, key = record.batch_size == 1, (record.task, record.drafter, signal_bucket(record.signal))
+        if not alone:
+            key = ("", record.drafter, -batch_bucket(record.batch_size))
         if not record.probe:
             self._probes.pays(key, self._tokens)
-        elif told:
+        elif told and (alone or self._joint.is_prober(record.request_id)):
             self._probes.probed(key, self._tokens, accepted=record.num_accepted > 0)
 
     def _learn_costs(self, lesson: Lesson) -> None:
         record, costs = lesson.record, self._costs
         if lesson.lag is not None:
-            costs.learn_speculative(record, lesson.rows, lesson.seconds, lesson.lag)
+            costs.learn_speculative(record, lesson.rows, lesson.seconds, lesson.lag, lesson.times_draft)
             return
         batch, context = record.batch_size, record.context_length
         costs.learn_plain(context, batch, lesson.seconds, lesson.verify_seconds, min(lesson.rounds, 1.0))
@@ -289,10 +295,11 @@ class Pacer(Controller):
         self._learn()
         self._quality.forget(request_id)
         self._running.pop(request_id, None)
-        self._resting.pop(request_id, None)
+        self._joint.forget(request_id)
 
     def explain(self) -> None:
         self.options = replace(self.options, explain=True)
+        self._joint.explains = True
 
     def calibration(self) -> list[dict[str, Any]]:
         """See `DraftQuality.calibration`."""
@@ -307,7 +314,7 @@ class Pacer(Controller):
         self._quality.restore(data)
 
     def _lane(self, task: str, batch: int, plain: float) -> Lane:
-        key = (task, rows_bucket(batch))
+        key = _lane_key(task, batch)
         lane = self._lanes.get(key)
         if lane is None:
             lane = self._lanes[key] = Lane()
@@ -316,58 +323,43 @@ class Pacer(Controller):
                 self._bank.open(plain)
         return lane
 
-    def _offer(self, context: RoundContext, outlook: Outlook, plain: float, lane: Lane) -> Offer:
+    def _offer(self, context: RoundContext, outlook: Outlook, plain: float) -> Offer:
         """Price all lengths of one drafter and take the best."""
         costs, drafter, bucket = self._costs, outlook.drafter, signal_bucket(outlook.signal)
         limit = min(context.max_draft, outlook.available)
         rates = self._quality.rates(context.request_id, context.task, drafter, bucket, limit)
-        curve = costs.learnt(base_rows(context), limit, context.context_length)
-        line, rest, alone = costs.line(drafter), costs.rest, is_alone(context)
-        if alone:
-            once, each = line.fixed + rest.fixed, line.per_token + rest.per_token
-        else:
-            if outlook.together:
-                costs.overlap.expect_together()
-            share = costs.overlap.share(context.batch_size)
-            once, each = share * line.fixed, share * line.per_token + rest.per_token
+        curve = costs.learnt(1, limit, context.context_length)
+        line, rest = costs.line(drafter), costs.rest
+        once, each = line.fixed + rest.fixed, line.per_token + rest.per_token
         if outlook.catch_up:
-            # A long lag is paid once for a stay of many rounds (7.8): those that are left, at a few tokens each.
-            lag, stay = outlook.catch_up, min(max(context.remaining // 3, _STAY), 4 * _STAY)
-            once += costs.catch_up(drafter, lag if lag <= _DUE_CATCH_UP else _DUE_CATCH_UP + (lag - _DUE_CATCH_UP) // stay)
-        if alone:
-            # Prices of near equals are noisy; a round with a draft in it is never cheaper than one without.
-            seconds = round_seconds(curve, once, each, plain + line.fixed, line.per_token + _LEAST_ROW * plain)
-            num_draft, emitted = best_ratio(rates, seconds)
-            merit = emitted * plain / seconds[num_draft]
-        else:
-            seconds = round_seconds(curve, once, each)
-            price = batch_price(context, plain, lane)
-            num_draft, emitted = best_net(rates, seconds, price)
-            merit = emitted - price * (seconds[num_draft] - curve[0])
-        confident = self._quality.confidence(drafter)
+            once += costs.catch_up(drafter, spread_lag(outlook.catch_up, context.remaining))
+        # Prices of near equals are noisy; a round with a draft in it is never cheaper than one without.
+        seconds = round_seconds(curve, once, each, plain + line.fixed, line.per_token + _LEAST_ROW * plain)
+        num_draft, emitted = best_ratio(rates, seconds)
+        merit = emitted * plain / seconds[num_draft]
+        confident = self._quality.confidence(drafter, context.task)
         if confident is not None:
             merit *= confident.delivered.factor
         return Offer(outlook, bucket, rates, seconds, num_draft, emitted, merit)
 
     def _may_probe(self, context: RoundContext, offer: Offer, plain: float, speed: float, lane: Lane) -> bool:
         """Whether an offer that does not win should be tried once more; speed: of what wins, relative to plain."""
-        spent = offer.seconds[offer.num_draft] / plain if is_alone(context) else offer.emitted + 1.0 - offer.merit
-        loss = max(0.0, spent - offer.emitted / speed)
-        if lane.purse.slack < loss * plain / context.batch_size:
+        loss = max(0.0, offer.seconds[offer.num_draft] / plain - offer.emitted / speed)
+        if lane.purse.slack < loss * plain:
             return False
         drafter = offer.outlook.drafter
         doubt = self._quality.doubt(context.request_id, drafter, offer.rates[0], loss + self.options.margin)
-        return self._probes.due((context.task, drafter, offer.bucket, rows_bucket(context.batch_size)), self._tokens, loss, doubt)
+        return self._probes.due((context.task, drafter, offer.bucket), self._tokens, loss, doubt)
 
     def _grant(self, context: RoundContext, offer: Offer, plain: float, lane: Lane, wanted: int, *, probe: bool) -> Plan:
         """Let the bank shorten or refuse the draft, and write the plan."""
         drafter = offer.outlook.drafter
-        confident = self._quality.confidence(drafter)
-        stops = confident is not None and confident.asks and confident.model.labels >= _CALIBRATED and not probe
+        confident = self._quality.confidence(drafter, context.task)
+        stops = confident is not None and confident.asks and confident.model.labels >= CALIBRATED and not probe
         self._lend_reading(offer, plain, lane)
         num_draft = self._affordable(context, offer, plain, len(offer.rates) if stops else wanted)
         if num_draft == 0:
-            lane.rests[(drafter, offer.outlook.signal)] = self._tokens + _REST
+            lane.rests[(drafter, offer.outlook.signal)] = self._tokens + REST
             return Plan(None, 0, "plain: bank, earlier losses come first", 1.0, plain)
         expected, emitted = min(num_draft, offer.num_draft), offer.emitted
         if expected < offer.num_draft:
@@ -375,15 +367,8 @@ class Pacer(Controller):
             for rate in offer.rates[:expected]:
                 survival *= rate
                 emitted += survival
-        price = 0.0
-        if stops:
-            price = max(offer.merit, 1.0) / plain if is_alone(context) else batch_price(context, plain, lane)
-        line = self._costs.line(drafter)
-        own = line.fixed + line.per_token * expected
-        running = self._running[context.request_id] = RunningDraft(offer, price, probe=probe, seconds=own, paid=own)
-        if not is_alone(context):
-            running.paid *= self._costs.overlap.share(context.batch_size)
-            running.tokens_per_second = batch_price(context, plain, lane)
+        price = max(offer.merit, 1.0) / plain if stops else 0.0
+        self._running[context.request_id] = RunningDraft(offer, price, context.task)
         seconds = offer.seconds[expected]
         return Plan(drafter, num_draft, self._why_draft(num_draft, emitted, seconds / plain, probe), emitted, seconds, probe)
 
@@ -399,18 +384,15 @@ class Pacer(Controller):
     def _affordable(self, context: RoundContext, offer: Offer, plain: float, wanted: int) -> int:
         """The longest draft, up to the wanted one, whose worst loss the bank grants; 0 if there is none."""
         costs, outlook = self._costs, offer.outlook
-        table = costs.measured(base_rows(context), wanted, context.context_length)
-        free = plain if is_alone(context) else table[0]
+        table = costs.measured(1, wanted, context.context_length)
         line, rest = costs.line(outlook.drafter), costs.rest
         catch_up = costs.catch_up(outlook.drafter, outlook.catch_up)
-        share = 1.0 if is_alone(context) else costs.overlap.share(context.batch_size)
         margin = 1.0 + 2.0 * costs.deviation
         for k in range(wanted, 0, -1):
-            worst = max(margin * offer.seconds[k], table[k] + share * line.worst(k) + rest.worst(k)) + catch_up
-            if self._bank.grant(max(0.0, worst - free)):
+            worst = max(margin * offer.seconds[k], table[k] + line.worst(k) + rest.worst(k)) + catch_up
+            if self._bank.grant(max(0.0, worst - plain)):
                 return k
-        if (goal := worst - free + 0.25 * plain) <= min(_MOST_SAVED, self.options.cap) * plain:
-            self._saving_for = goal
+        self._bank.save_for(worst - plain + 0.25 * plain, plain)
         return 0
 
     def _ceiling(self, record: StepRecord, rows: int) -> float:
@@ -432,3 +414,8 @@ class Pacer(Controller):
     def _why_draft(self, num_draft: int, emitted: float, steps: float, probe: bool) -> str:
         verb = "probing" if probe else "drafting"
         return f"{verb} {num_draft}: expects {emitted:.1f} tokens for {steps:.2f} plain steps" if self.options.explain else verb
+
+
+def _lane_key(task: str, batch: int) -> tuple[str, int]:
+    """Batches may mix tasks, so they have lanes of their own."""
+    return (task if batch == 1 else "", batch_bucket(batch))

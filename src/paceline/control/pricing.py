@@ -19,6 +19,8 @@ _SLOWEST_RATE = 0.1
 _NEWS = 0.02
 _OTHER_MACHINE = 0.08
 """Relative change of forwards since the last plain step from which its price may be out of date."""
+_TRUSTED = 3
+"""Plain rounds that make a price."""
 _LAG = 8
 """Tokens caught up that tell what one costs."""
 _LONG_LAG = 64
@@ -62,22 +64,6 @@ def best_ratio(rates: Sequence[float], seconds: Sequence[float]) -> tuple[int, f
         emitted += survival
         if emitted > best_speed * seconds[k]:
             best, best_emitted, best_speed = k, emitted, emitted / seconds[k]
-    return best, best_emitted
-
-
-def best_net(rates: Sequence[float], seconds: Sequence[float], price: float) -> tuple[int, float]:
-    """The draft length k >= 1 with the largest `tokens - price * seconds`, and its expected tokens.
-
-    As `best_ratio`, for a shared forward, whose time has a price (tokens a second) that all requests of a batch pay (7.6).
-    """
-    best, best_emitted, best_value = 1, 1.0, -float("inf")
-    survival = emitted = 1.0
-    for k, rate in enumerate(rates, 1):
-        survival *= rate
-        emitted += survival
-        value = emitted - price * seconds[k]
-        if value > best_value:
-            best, best_emitted, best_value = k, emitted, value
     return best, best_emitted
 
 
@@ -299,11 +285,22 @@ class LearnedCosts:
 
     def plain(self, context: int, batch: int = 1) -> float:
         """A whole plain round. Corrected by plain rounds only: the bound of the time bank rests on it."""
-        return self.measured(batch, 0, context)[0] * self._plain[rows_bucket(batch)].value
+        return self.measured(batch, 0, context)[0] * self._plain[self._like(batch)].value
 
     def knows_plain(self, batch: int) -> bool:
         """Whether enough plain rounds were seen to trust their price."""
-        return self._plain[rows_bucket(batch)].count >= 3
+        return self._plain[self._like(batch)].count >= _TRUSTED
+
+    def _like(self, batch: int) -> int:
+        """The batch size whose plain rounds tell most of those of this one: its own, else a close one that was seen.
+
+        Sequences that end make a batch smaller one by one, and each size has its place in the table.
+        """
+        bucket = rows_bucket(batch)
+        if batch == 1 or self._plain[bucket].count >= _TRUSTED:
+            return bucket
+        near = [b for b in range(max(2, batch // 4), min(4 * batch, _EXACT_ROWS) + 1) if self._plain[b].count >= _TRUSTED]
+        return min(near, key=lambda b: abs(b - batch), default=bucket)
 
     @property
     def plain_is_stale(self) -> bool:
@@ -348,10 +345,11 @@ class LearnedCosts:
         if batch == 1:
             self.rest.learn(0, round_seconds - verify_seconds)
 
-    def learn_speculative(self, record: StepRecord, rows: int, seconds: float, lag: int) -> None:
+    def learn_speculative(self, record: StepRecord, rows: int, seconds: float, lag: int, times_draft: bool = True) -> None:
         """Count a speculative round (one of the records of a batched one): forward, draft, and what is left of `seconds`.
 
-        rows: of the whole forward; lag: tokens that the draft's cache had to catch up.
+        rows: of the whole forward; lag: tokens that the draft's cache had to catch up; times_draft: false where others of a
+        batch drafted more in the same steps.
         """
         batch, drafted = record.batch_size, record.num_drafted
         self.learn_round(record.context_length, rows, batch, record.verify_seconds)
@@ -359,7 +357,7 @@ class LearnedCosts:
             line = self.line(record.drafter)
             self.learn_catch_up(record.drafter, lag, record.draft_seconds - line.fixed - line.per_token * drafted)
             catch_up = min(self.catch_up(record.drafter, lag), 0.5 * record.draft_seconds)
-            if lag < _LONG_LAG:
+            if lag < _LONG_LAG and (times_draft or self.overlap.serial > 0.5):
                 line.learn(drafted, record.draft_seconds - catch_up)
         if batch == 1:
             self.rest.learn(drafted, seconds - record.verify_seconds - record.draft_seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from paceline.control.acceptance import AcceptanceModel, observed_labels, signal_bucket
+from paceline.control.acceptance import AcceptanceModel, observed_labels, signal_bucket, temperature_tag
 from paceline.control.confidence import Calibrated
 from paceline.control.pricing import node_rates
 from paceline.records import StepRecord
@@ -29,15 +29,16 @@ class DraftQuality:
         """See `AcceptanceModel.doubt`."""
         return self._acceptance.doubt(request_id, drafter, rate, gap)
 
-    def confidence(self, drafter: str) -> Calibrated | None:
-        """What is known of a drafter that states how sure it is; None of another one."""
-        return self._confident.get(drafter)
+    def confidence(self, drafter: str, task: str) -> Calibrated | None:
+        """What is known of a drafter that states how sure it is, at the task's temperature; None of another one."""
+        return self._confident.get(drafter + temperature_tag(task))
 
-    def states_confidence(self, drafter: str) -> Calibrated:
+    def states_confidence(self, drafter: str, task: str) -> Calibrated:
         """As `confidence`, of a drafter that does so from now on."""
-        confident = self._confident.get(drafter)
+        key = drafter + temperature_tag(task)
+        confident = self._confident.get(key)
         if confident is None:
-            confident = self._confident[drafter] = Calibrated()
+            confident = self._confident[key] = Calibrated()
         return confident
 
     def learn(self, record: StepRecord, seconds: float, now: int) -> bool:
@@ -49,7 +50,7 @@ class DraftQuality:
             width = record.num_drafted / max(record.num_levels, 1)
             self._widths[drafter] = 0.9 * self._widths.get(drafter, width) + 0.1 * width
         if record.confidences:
-            confident = self.states_confidence(drafter)
+            confident = self.states_confidence(drafter, record.task)
             confident.model.update(record.confidences, labels)
             if confident.asks and record.batch_size == 1 and not (record.truncated or record.warmup or record.probe):
                 confident.delivered.update(record, seconds)

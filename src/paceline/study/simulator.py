@@ -113,11 +113,8 @@ class Simulator:
             self._next_start = end
 
     def _round(self, running: Sequence[_Sequence], factor: float) -> None:
-        drafts: list[_Drafted] = []
-        rows = 0
-        for sequence in running:
-            drafts.append(self._draft(sequence, len(running), rows))
-            rows += drafts[-1].count + 1
+        drafts = self._draft(running)
+        rows = sum(d.count + 1 for d in drafts)
         context = max(d.context.context_length for d in drafts)
         verify = self._costs.t_verify(rows, context) * factor * self._noise_factor()
         draft = max(self._draft_seconds(d) for d in drafts) * factor
@@ -147,26 +144,30 @@ class Simulator:
             Outlook(s.drafter, min(s.available[at], limit), s.signal[at], lag(s.drafter), together=True) for s in self.world.streams
         )
 
-    def _draft(self, sequence: _Sequence, batch: int, other_rows: int) -> _Drafted:
+    def _draft(self, running: Sequence[_Sequence]) -> list[_Drafted]:
+        contexts = [self._context(sequence, len(running)) for sequence in running]
+        began = perf_counter()
+        unseen = self.controller.plan_unseen(contexts[0].task, len(running))
+        plans = [unseen] * len(running) if unseen is not None else self.controller.plan_batch(contexts)
+        self.outcome.control_seconds += perf_counter() - began
+        drafts = [_Drafted(*parts) for parts in zip(running, plans, contexts, strict=True)]
+        for drafted in drafts:
+            if drafted.plan.drafter is not None and drafted.plan.num_draft > 0:
+                self._propose(drafted)
+        return drafts
+
+    def _context(self, sequence: _Sequence, batch: int) -> RoundContext:
         limit = min(MAX_DRAFT, sequence.remaining - 1)
         regime = self.world.regime
         start = sequence.request_id * regime.request_tokens
-        context = RoundContext(
+        return RoundContext(
             request_id=sequence.request_id,
             context_length=regime.prompt_tokens + sequence.position - start,
             max_draft=limit,
             outlooks=self._outlooks(sequence, limit),
             batch_size=batch,
-            other_rows=other_rows,
             task=regime.name,
         )
-        began = perf_counter()
-        plan = self.controller.plan_unseen(context.task, context.batch_size) or self.controller.plan(context)
-        self.outcome.control_seconds += perf_counter() - began
-        drafted = _Drafted(sequence, plan, context)
-        if plan.drafter is not None and plan.num_draft > 0:
-            self._propose(drafted)
-        return drafted
 
     def _propose(self, drafted: _Drafted) -> None:
         plan, at = drafted.plan, drafted.sequence.position

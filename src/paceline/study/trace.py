@@ -130,6 +130,12 @@ class Tracing(Controller):
         self._features[context.request_id] = []
         return self.inner.plan(context)
 
+    def plan_batch(self, contexts: Sequence[RoundContext]) -> list[Plan]:
+        for context in contexts:
+            self._outlooks[context.request_id] = context.outlooks
+            self._features[context.request_id] = []
+        return self.inner.plan_batch(contexts)
+
     def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
         self._features.setdefault(request_id, []).append(features)
         return self.inner.keep_drafting(request_id, features)

@@ -72,14 +72,13 @@ def test_plain_when_nothing_can_be_drafted(nothing: RoundContext) -> None:
 @given(
     available=st.lists(st.integers(0, 80), max_size=4),
     max_draft=st.integers(-1, 63),
-    batch=st.integers(1, 40),
-    rows=st.integers(0, 300),
+    batch_size=st.integers(1, 40),
     signal=st.integers(0, 100),
     lag=st.integers(0, 5000),
 )
-def test_plans_keep_to_the_limits(available: list[int], max_draft: int, batch: int, rows: int, signal: int, lag: int) -> None:
+def test_plans_keep_to_the_limits(available: list[int], max_draft: int, batch_size: int, signal: int, lag: int) -> None:
     outlooks = [Outlook(f"d{i}", n, signal, lag) for i, n in enumerate(available)]
-    plan = pacer().plan(context(*outlooks, max_draft=max_draft, batch_size=batch, other_rows=rows))
+    plan = pacer().plan(context(*outlooks, max_draft=max_draft, batch_size=batch_size))
     if plan.drafter is None:
         assert plan.num_draft == 0
     else:
@@ -159,39 +158,57 @@ def test_a_drafter_that_lost_is_tried_while_another_wins_and_takes_over_when_it_
 # ---------- batches ----------
 
 
+def batch(number: int, *outlooks: Outlook, **about: object) -> list[RoundContext]:
+    return [context(*outlooks, request_id=i, batch_size=number, **about) for i in range(number)]
+
+
 def test_a_batch_with_linear_cost_drafts_nothing() -> None:
     costs = CostTable([1, 256], [0], [[1 * MS, 256 * MS]], 0.0, {"ngram": DraftCost()})
-    for rows in (0, 8, 15, 40):
-        assert pacer(costs).plan(context(Outlook("ngram", 10, 8), batch_size=16, other_rows=rows)).num_draft == 0
+    assert all(plan.num_draft == 0 for plan in pacer(costs).plan_batch(batch(16, Outlook("ngram", 10, 8))))
 
 
 def test_a_batch_with_flat_cost_drafts() -> None:
     costs = CostTable([1, 256], [0], [[20 * MS, 20.5 * MS]], 0.0, {"ngram": DraftCost()})
-    assert pacer(costs).plan(context(Outlook("ngram", 10, 8), batch_size=16, other_rows=4)).num_draft >= 8
+    assert all(plan.num_draft >= 8 for plan in pacer(costs).plan_batch(batch(16, Outlook("ngram", 10, 8))))
 
 
-@pytest.mark.parametrize(("drafting", "agreed"), [(1, False), (2, False), (8, True)])
-def test_those_who_draft_together_must_pay_for_the_shared_steps(drafting: int, agreed: bool) -> None:
-    """A step of the draft takes as long for one as for all, and each was charged with its share only."""
+@pytest.mark.parametrize(("drafting", "drafts"), [(1, False), (2, False), (12, True)])
+def test_those_who_draft_together_must_pay_for_the_shared_steps(drafting: int, drafts: bool) -> None:
+    """A step of the draft takes as long for one as for all."""
     costs = CostTable([1, 256], [0], [[20 * MS, 21 * MS]], 0.0, {"draft": DraftCost(per_token=4 * MS)})
-    controller = pacer(costs, start=8.0)
-    controller._costs.overlap.serial = 0.0
-    plans = [
-        controller.plan(replace(context(Outlook("draft", 4), batch_size=16, other_rows=15), request_id=i)) for i in range(drafting)
-    ]
-    assert all(plan.num_draft > 0 and not plan.probe for plan in plans)
-    assert controller.agree(range(drafting)) is agreed
-    again = controller.plan(replace(context(Outlook("draft", 4), batch_size=16, other_rows=15), request_id=0))
-    assert (again.num_draft > 0) is agreed
+    contexts = batch(16, Outlook("draft", 4, together=True))
+    contexts[drafting:] = [replace(one, outlooks=(Outlook("draft", 0),)) for one in contexts[drafting:]]
+    plans = pacer(costs, start=8.0).plan_batch(contexts)
+    assert [plan.num_draft > 0 for plan in plans] == [drafts and i < drafting for i in range(16)]
 
 
-def test_rows_that_others_put_in_raise_the_price() -> None:
-    """Flat to 32 rows, steep beyond: who comes early drafts, who comes late does not."""
-    costs = CostTable([1, 32, 64], [0], [[20 * MS, 21 * MS, 150 * MS]], 0.0, {"ngram": DraftCost()})
-    early = pacer(costs).plan(context(Outlook("ngram", 10, 8), batch_size=8, other_rows=0))
-    late = pacer(costs).plan(context(Outlook("ngram", 10, 8), batch_size=8, other_rows=40))
-    assert early.num_draft >= 4
-    assert late.num_draft == 0
+def test_a_step_in_the_cost_of_a_forward_is_not_crossed_by_the_batch() -> None:
+    """One forward of 64 rows or two: sixteen sequences share the 48 rows that are left, instead of the first ones taking all."""
+    costs = CostTable([1, 64, 65, 128], [0], [[6 * MS, 8 * MS, 14 * MS, 15 * MS]], 0.0, {"draft": DraftCost(per_token=0.7 * MS)})
+    plans = pacer(costs, start=8.0).plan_batch(batch(16, Outlook("draft", 10, together=True)))
+    assert 32 <= sum(plan.num_draft for plan in plans) <= 48
+    assert {plan.num_draft for plan in plans} <= {2, 3}
+
+
+def test_who_is_asked_first_gets_no_more_than_who_is_likelier() -> None:
+    """Flat to 16 rows, steep beyond: the places go to the strong matches, wherever they stand in the batch."""
+    costs = CostTable([1, 16, 64], [0], [[20 * MS, 21 * MS, 250 * MS]], 0.0, {"ngram": DraftCost()})
+    contexts = batch(8, Outlook("ngram", 10, 1))
+    contexts[7] = replace(contexts[7], outlooks=(Outlook("ngram", 10, 8),))
+    plans = pacer(costs).plan_batch(contexts)
+    assert plans[7].num_draft >= 6
+    assert sum(plan.num_draft for plan in plans[:7]) <= 2
+
+
+def test_a_batch_of_another_size_uses_what_a_like_one_taught() -> None:
+    """Sequences end one by one; each new size once cost three plain rounds."""
+    costs = CostTable([1, 64], [0], [[20 * MS, 20 * MS]], 0.0, {"draft": DraftCost(per_token=1 * MS)})
+    controller = pacer(costs)
+    times = {"verify_seconds": 20 * MS, "round_seconds": 20 * MS, "batch_size": 8, "batch_rows": 8, "batch_emitted": 8}
+    for _ in range(4):
+        for request in range(8):
+            controller.observe(record(Plan(None, 0), request_id=request, **times))
+    assert all(plan.num_draft > 0 for plan in controller.plan_batch(batch(7, Outlook("draft", 4, together=True))))
 
 
 def test_batched_rounds_are_charged_once() -> None:
@@ -269,7 +286,7 @@ def test_a_renewal_finds_the_new_price_of_a_plain_step_wherever_the_count_of_les
     for _ in range(8 + earlier):
         controller.observe(step(1.0))
     controller._take_in()
-    lane = controller._lanes["", 1]
+    lane = controller._lanes["", 0]
     lane.arbiter.renew()
     while lane.arbiter.wants_plain:
         assert controller.plan(context(DRAFT)).reason == "plain: renewing the price of a plain step"
@@ -429,10 +446,10 @@ def test_a_restored_calibration_goes_on_learning() -> None:
     for _ in range(100):
         confident_round(taught, [0.9] * 10, 8)
     fresh.restore(taught.snapshot())
-    before = fresh._quality.states_confidence("draft").model.labels
+    before = fresh._quality.states_confidence("draft", "").model.labels
     for _ in range(4):  # rounds are taken in together
         confident_round(fresh, [0.9] * 10, 8)
-    assert fresh._quality.states_confidence("draft").model.labels > before > 64
+    assert fresh._quality.states_confidence("draft", "").model.labels > before > 64
 
 
 def test_calibration_rows_compare_predicted_with_observed() -> None:

@@ -12,7 +12,6 @@ from paceline.control.pricing import (
     MedianFactor,
     Overlap,
     Scales,
-    best_net,
     best_ratio,
     node_rates,
     rows_bucket,
@@ -64,13 +63,6 @@ def test_stop_rule_looks_past_a_dear_token() -> None:
     seconds = [10.0, 10.1, 14.0, 14.1, 14.2, 14.3]
     assert not worth_another(0.9, 1, [0.9] * 2, seconds, price=0.25)
     assert worth_another(0.9, 1, [0.9] * 5, seconds, price=0.25)
-
-
-def test_one_price_clears_a_batch() -> None:
-    """Two requests, 1.2 ms a row; at the best rate of the batch the requests get 3 and 2 tokens, the last has no slot."""
-    row = [1.2 * k for k in range(4)]
-    assert best_net([0.9, 0.8, 0.5], row, price=0.14186)[0] == 3
-    assert best_net([0.6, 0.5, 0.4], row, price=0.14186)[0] == 2
 
 
 def test_buckets_of_rows_are_exact_and_then_double() -> None:

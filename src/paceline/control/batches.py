@@ -1,0 +1,192 @@
+"""The pacer's part for batches: offers of all sequences at once, one bank, one probe (ours). `joint` holds the rule itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from paceline.control.acceptance import signal_bucket
+from paceline.control.bank import TimeBank
+from paceline.control.base import RoundContext
+from paceline.control.joint import Allocation, JointDraft, JointRound, Share, allocate
+from paceline.control.offers import CALIBRATED, CLEARLY_NOT, DOUBLE_PROOF, DUE_CATCH_UP, REST, Lane, batch_bucket, spread_lag
+from paceline.control.pricing import LearnedCosts
+from paceline.control.probing import ProbeSchedule
+from paceline.control.quality import DraftQuality
+from paceline.records import DraftFeatures, Outlook, Plan
+
+_NOTHING = Plan(None, 0, "plain: nothing to draft")
+_SPARED = Plan(None, 0, "plain: others of the batch draft what is likelier")
+_POOR = Plan(None, 0, "plain: bank, earlier losses come first")
+_PROBED = 2
+"""Tokens that each sequence drafts in a probe: steps are shared, so all may as well take part."""
+_READING = 24.0
+"""Plain steps that reading its first prompts may cost a drafter, for each sequence."""
+
+
+class JointPlanner:
+    """Plans rounds of several sequences. It shares its parts with the pacer that it belongs to."""
+
+    def __init__(self, costs: LearnedCosts, quality: DraftQuality, bank: TimeBank, probes: ProbeSchedule, margin: float) -> None:
+        self._costs, self._quality, self._bank, self._probes, self._margin = costs, quality, bank, probes, margin
+        self._running: dict[int, JointDraft] = {}
+        self._read: set[str] = set()
+        self._prober = -1
+        """The request whose record tells how a probe went."""
+        self.explains = False
+
+    def plan(self, contexts: Sequence[RoundContext], plain: float, lane: Lane, now: int) -> list[Plan]:
+        """One plan for each context. plain: seconds of a plain step of the whole batch; now: tokens emitted so far."""
+        batch = contexts[0].batch_size
+        self._running.clear()
+        offered = [self._share(context, batch / plain) for context in contexts]
+        shares = [share for share in offered if share is not None]
+        if not shares:
+            return [_NOTHING] * len(contexts)
+        found = self._allocate(shares)
+        count = found.best(batch)
+        merit = (batch + found.emitted[count]) * plain / (batch * found.seconds[count])
+        probe = merit <= 1.0 + self._margin + (DOUBLE_PROOF if lane.purse.slack <= 0.0 else 0.0)
+        if probe:
+            for share in shares:
+                del share.rates[_PROBED:]
+            found = self._allocate(shares)
+            count = len(found.order)
+            if not self._may_probe(found, plain, lane, now):
+                if merit < CLEARLY_NOT:
+                    lane.rest_until = now + REST * batch
+                return [Plan(None, 0, self._why_plain(merit), 1.0, plain)] * len(contexts)
+            self._prober = shares[0].context.request_id
+        self._lend_reading(shares, plain, lane)
+        count = self._affordable(found, count, plain)
+        if count == 0:
+            lane.rest_until = now + REST * batch
+            return [_POOR] * len(contexts)
+        found.give(count)
+        return self._grant(offered, found, count, batch, probe)
+
+    def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool | None:
+        """The stop rule; None for a request that is not in a joint round."""
+        draft = self._running.get(request_id)
+        if draft is None:
+            return None
+        share, position = draft.share, features.position
+        confident = self._quality.states_confidence(share.outlook.drafter, share.context.task)
+        confident.asks = True
+        if not draft.stops:
+            return True
+        draft.survival *= confident.model.chance(position, features.max_prob)
+        return draft.round.goes_on(draft, position)
+
+    def is_prober(self, request_id: int) -> bool:
+        """Whether the last probe is told by this request's record."""
+        return request_id == self._prober
+
+    def forget(self, request_id: int) -> None:
+        """Its round, or the request, ended."""
+        self._running.pop(request_id, None)
+
+    def _share(self, context: RoundContext, price: float) -> Share | None:
+        """The drafter that is worth most to a sequence by itself. price: tokens a second that time is worth."""
+        able = [o for o in context.outlooks if o.available > 0] if context.max_draft > 0 else []
+        shares = [self._offer(context, outlook) for outlook in able]
+        if len(shares) < 2:
+            return shares[0] if shares else None
+        part = self._costs.overlap.share(context.batch_size)
+        return max(shares, key=lambda share: _own_worth(share, price * part))
+
+    def _offer(self, context: RoundContext, outlook: Outlook) -> Share:
+        costs, drafter, bucket = self._costs, outlook.drafter, signal_bucket(outlook.signal)
+        if outlook.together:
+            costs.overlap.expect_together()
+        limit = min(context.max_draft, outlook.available)
+        rates = self._quality.rates(context.request_id, context.task, drafter, bucket, limit)
+        once = 0.0
+        if outlook.catch_up:
+            once = costs.catch_up(drafter, spread_lag(outlook.catch_up, context.remaining))
+            if outlook.catch_up <= DUE_CATCH_UP:  # goes along with the first shared step
+                once *= costs.overlap.share(context.batch_size)
+        return Share(context, outlook, bucket, rates, costs.line(drafter), once)
+
+    def _allocate(self, shares: Sequence[Share]) -> Allocation:
+        costs, rows = self._costs, shares[0].context.batch_size
+        length = max(share.context.context_length for share in shares)
+        forwards = costs.learnt(rows, sum(len(share.rates) for share in shares), length)
+        return allocate(shares, forwards, costs.overlap.serial, costs.rest.per_token)
+
+    def _may_probe(self, found: Allocation, plain: float, lane: Lane, now: int) -> bool:
+        share, batch = found.shares[0], found.shares[0].context.batch_size
+        tokens = found.seconds[-1] * batch / plain - batch - found.emitted[-1]
+        loss = max(0.0, tokens)
+        if lane.purse.slack < loss * plain / batch:
+            return False
+        drafter = share.outlook.drafter
+        doubt = self._quality.doubt(share.context.request_id, drafter, share.rates[0], loss / batch + self._margin)
+        return self._probes.due(("", drafter, -batch_bucket(batch)), now, loss, doubt)
+
+    def _lend_reading(self, shares: Sequence[Share], plain: float, lane: Lane) -> None:
+        """What a drafter is worth cannot be known before it has read prompts: those of its first batch are lent."""
+        catch_up: dict[str, float] = {}
+        for share in shares:
+            drafter, lag = share.outlook.drafter, share.outlook.catch_up
+            catch_up[drafter] = catch_up.get(drafter, 0.0) + self._costs.catch_up(drafter, lag)
+        for drafter, seconds in catch_up.items():
+            if 0.0 < seconds <= _READING * plain * len(shares) and drafter not in self._read:
+                self._read.add(drafter)
+                self._bank.lend(seconds)
+                lane.purse.lend(seconds)
+
+    def _affordable(self, found: Allocation, wanted: int, plain: float) -> int:
+        """The most tokens, up to the wanted ones, whose worst loss the bank grants; 0 if there are none."""
+        costs, rows = self._costs, found.shares[0].context.batch_size
+        length = max(share.context.context_length for share in found.shares)
+        measured, learnt = costs.measured(rows, wanted, length), costs.learnt(rows, wanted, length)
+        reading = [costs.catch_up(s.outlook.drafter, s.outlook.catch_up) - s.once for s in found.shares]
+        margin, count, worst = 1.0 + 2.0 * costs.deviation, wanted, 0.0
+        while count > 0:
+            seconds = found.seconds[count]
+            worst = max(margin * seconds, seconds + measured[count] - learnt[count]) - plain
+            worst += sum(reading[i] for i in set(found.order[:count]))
+            if self._bank.grant(max(0.0, worst)):
+                return count
+            count = 3 * count // 4
+        self._bank.save_for(worst + 0.25 * plain, plain)
+        return 0
+
+    def _grant(self, offered: Sequence[Share | None], found: Allocation, count: int, batch: int, probe: bool) -> list[Plan]:
+        """Write the plans, and keep what the stop rule needs."""
+        seconds = found.seconds[count]
+        forwards = self._costs.learnt(batch, count, max(share.context.context_length for share in found.shares))
+        row = max(0.0, forwards[count] - forwards[0]) / count
+        joint = JointRound((batch + found.emitted[count]) / seconds, row, self._costs.overlap.serial)
+        plans = []
+        for share in offered:
+            if share is None or share.num_draft == 0:
+                plans.append(_NOTHING if share is None else _SPARED)
+                continue
+            drafter, context = share.outlook.drafter, share.context
+            confident = self._quality.confidence(drafter, context.task)
+            stops = confident is not None and confident.asks and confident.model.labels >= CALIBRATED and not probe
+            self._running[context.request_id] = JointDraft(joint, share, stops)
+            joint.drafting[drafter] = joint.drafting.get(drafter, 0) + 1
+            wanted = len(share.rates) if stops and share.num_draft > 1 else share.num_draft
+            plans.append(Plan(drafter, wanted, self._why_draft(share, probe), share.emitted, seconds, probe))
+        return plans
+
+    def _why_plain(self, merit: float) -> str:
+        if not self.explains:
+            return "plain: drafting would not pay"
+        return f"plain: drafts of the batch would make it {merit:.2f} times as fast"
+
+    def _why_draft(self, share: Share, probe: bool) -> str:
+        verb = "probing" if probe else "drafting"
+        return f"{verb} {share.num_draft}: expects {share.emitted:.1f} tokens" if self.explains else verb
+
+
+def _own_worth(share: Share, price: float) -> float:
+    """Tokens that the best length gains over what its draft's time is worth, for a sequence by itself."""
+    chance, gained, best = 1.0, 0.0, -1.0
+    for drafted, rate in enumerate(share.rates, 1):
+        chance *= rate
+        gained += chance
+        best = max(best, gained - price * (share.line.fixed + share.line.per_token * drafted + share.once))
+    return best

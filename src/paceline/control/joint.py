@@ -1,0 +1,151 @@
+"""One forward for many sequences: which of their possible draft tokens are worth a place in it.
+
+DSpark's ranking (arXiv 2607.05147; 7.6 of the control notes), but before anything is drafted, so that it decides on drafting, too:
+a drafted token is kept with the product of its path's rates, so chances only fall along a draft, and taking tokens in the order of
+their chances takes beginnings of drafts. One scan in that order finds the round with the most tokens a second; its start is plain
+decoding. Ours: the price of drafts whose steps are shared, and the stop rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from paceline.control.base import RoundContext
+from paceline.control.pricing import Line
+from paceline.records import Outlook
+
+_LEAST_CHANCE = 0.02
+"""Chance of acceptance under which a token is no candidate."""
+
+
+@dataclass(slots=True)
+class Share:
+    """What one sequence could bring to the round."""
+
+    context: RoundContext
+    outlook: Outlook
+    bucket: int
+    """Of the outlook's signal."""
+    rates: list[float]
+    """Chances of the draft's tokens, each given that those before it are accepted."""
+    line: Line
+    """Its drafter's time."""
+    once: float
+    """Seconds before its first drafted token: what the draft's cache must catch up."""
+    num_draft: int = 0
+    """Tokens that it was given."""
+    emitted: float = 1.0
+    """Tokens that it expects to emit."""
+
+
+@dataclass(slots=True)
+class Allocation:
+    """Rounds with 0, 1, 2, ... drafted tokens in all, in the order of their chances."""
+
+    shares: Sequence[Share]
+    order: list[int]
+    """The share that each token belongs to."""
+    seconds: list[float]
+    """Of the whole round."""
+    emitted: list[float]
+    """Tokens that drafts are expected to add to one for each sequence."""
+
+    def best(self, batch: int) -> int:
+        """Drafted tokens in all (1 at least) of the round with the most tokens a second."""
+        return max(range(1, len(self.seconds)), key=lambda m: (batch + self.emitted[m]) / self.seconds[m])
+
+    def give(self, count: int) -> None:
+        """Write the first `count` tokens to the shares."""
+        for share in self.shares:
+            share.num_draft, share.emitted = 0, 1.0
+        chances = [1.0] * len(self.shares)
+        for i in self.order[:count]:
+            share = self.shares[i]
+            chances[i] *= share.rates[share.num_draft]
+            share.num_draft += 1
+            share.emitted += chances[i]
+
+
+def allocate(shares: Sequence[Share], forwards: Sequence[float], serial: float, each: float) -> Allocation:
+    """Price all rounds that take the likeliest tokens.
+
+    forwards: seconds of a forward with 0, 1, 2, ... drafted rows, at least one for each rate and one more; serial: 1 where drafts
+    of a batch are made one after another, 0 where they share their steps; each: seconds of a drafted token outside forward and
+    draft.
+    """
+    candidates = []
+    for i, share in enumerate(shares):
+        chance = 1.0
+        for depth, rate in enumerate(share.rates, 1):
+            chance *= rate
+            if chance < _LEAST_CHANCE:
+                break
+            candidates.append((-chance, depth, i))
+    candidates.sort()
+    deepest: dict[str, int] = {}
+    found = Allocation(shares, [], [forwards[0]], [0.0])
+    host = emitted = 0.0
+    for taken, (negative, depth, i) in enumerate(candidates, 1):
+        share = shares[i]
+        line, drafter = share.line, share.outlook.drafter
+        host += each + serial * line.per_token
+        if depth == 1:
+            host += share.once + serial * line.fixed
+        if depth > (deep := deepest.get(drafter, 0)):
+            host += (1.0 - serial) * (line.per_token * (depth - deep) + (line.fixed if deep == 0 else 0.0))
+            deepest[drafter] = depth
+        emitted -= negative
+        found.order.append(i)
+        found.seconds.append(max(forwards[taken], forwards[0]) + host)  # near equals are noisy: a row is never a gain of time
+        found.emitted.append(emitted)
+    return found
+
+
+@dataclass(slots=True)
+class JointRound:
+    """The stop rule of a batch: who goes on pays for its row and for its part of the step, and rows are handed on.
+
+    A draft that stops early leaves its rows to those that want more than they were given, so that the forward gets no more rows
+    than were priced (a step in its cost may be right behind them).
+    """
+
+    price: float
+    """Tokens a second that time is worth."""
+    row: float
+    """Seconds of another row."""
+    serial: float
+    drafting: dict[str, int] = field(default_factory=dict)
+    """Sequences that still draft, by drafter."""
+    free_rows: int = 0
+
+    def goes_on(self, draft: JointDraft, position: int) -> bool:
+        """Whether a sequence drafts a token more than it will have anyway. position: tokens of its draft that are known."""
+        share = draft.share
+        drafter, rates, due = share.outlook.drafter, share.rates, position
+        if share.outlook.together:  # steps are issued ahead: the next token is on its way whatever is decided
+            draft_ahead = rates[due] if due < len(rates) else 0.0
+            due += 1
+        else:
+            draft_ahead = 1.0
+        chance = draft.survival * draft_ahead * (rates[due] if due < len(rates) else 0.0)
+        step = share.line.per_token * (self.serial + (1.0 - self.serial) / max(self.drafting[drafter], 1))
+        if chance > self.price * (self.row + step) and (due < share.num_draft or self.free_rows > 0):
+            if due >= share.num_draft:
+                share.num_draft += 1
+                self.free_rows -= 1
+            return True
+        self.drafting[drafter] -= 1
+        self.free_rows += share.num_draft - due
+        return False
+
+
+@dataclass(slots=True)
+class JointDraft:
+    """One sequence's draft in a joint round."""
+
+    round: JointRound
+    share: Share
+    stops: bool
+    """It may end before, or go on after, what its share was given."""
+    survival: float = 1.0

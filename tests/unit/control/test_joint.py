@@ -1,0 +1,112 @@
+"""Which tokens of a batch's drafts get a place in the forward, against a search over all rounds."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paceline.control.base import RoundContext
+from paceline.control.joint import JointDraft, JointRound, Share, allocate
+from paceline.control.pricing import Line
+from paceline.records import Outlook
+
+RATES = st.lists(st.floats(0.05, 1.0), min_size=1, max_size=3)
+
+
+def share(rates: list[float], drafter: str = "draft", line: Line | None = None, once: float = 0.0) -> Share:
+    outlook = Outlook(drafter, len(rates))
+    return Share(RoundContext(0, 100, 8, (outlook,)), outlook, 0, rates, line or Line(0.0, 0.0, 4.0), once)
+
+
+def expected(rates: list[float], count: int) -> float:
+    """Accepted tokens of the first `count`, by definition."""
+    chance = total = 0.0
+    for j in range(count):
+        chance = rates[j] * (chance if j else 1.0)
+        total += chance
+    return total
+
+
+@given(drafts=st.lists(RATES, min_size=1, max_size=4), steps=st.lists(st.floats(0.0, 0.5), min_size=13, max_size=13))
+@settings(max_examples=60)
+def test_with_free_drafts_the_scan_finds_the_best_of_all_rounds(drafts: list[list[float]], steps: list[float]) -> None:
+    forwards = [1.0]
+    for step in steps:
+        forwards.append(forwards[-1] + step)
+    shares = [share(rates) for rates in drafts]
+    found = allocate(shares, forwards, 0.0, 0.0)
+    batch = len(drafts)
+
+    def speed(counts: tuple[int, ...]) -> float:
+        emitted = sum(expected(rates, count) for rates, count in zip(drafts, counts, strict=True))
+        return (batch + emitted) / forwards[sum(counts)]
+
+    rounds = [c for c in product(*(range(len(rates) + 1) for rates in drafts)) if sum(c) > 0]
+    best = found.best(batch)
+    found.give(best)
+    counts = tuple(one.num_draft for one in shares)
+    likely = all(rate > 0.3 for rates in drafts for rate in rates)  # else some are no candidates
+    assert sum(counts) == best
+    assert speed(counts) == pytest.approx((batch + found.emitted[best]) / found.seconds[best])
+    if likely:
+        assert speed(counts) == pytest.approx(max(map(speed, rounds)))
+    assert sum(one.emitted for one in shares) == pytest.approx(batch + found.emitted[best])
+
+
+def test_the_worked_example_of_the_notes() -> None:
+    """7.6: drafting 6 ms, verification 20 + 1.2 (2 + n); survivals .9, .72, .36 and .6, .3, .12: lengths 3 and 2."""
+    shares = [share([0.9, 0.8, 0.5]), share([0.6, 0.5, 0.4])]
+    found = allocate(shares, [26.0 + 1.2 * (2 + n) for n in range(7)], 0.0, 0.0)
+    speeds = [1000.0 * (2 + found.emitted[n]) / found.seconds[n] for n in range(1, 7)]
+    assert speeds == pytest.approx([97.973, 117.532, 131.875, 137.952, 141.860, 140.449], abs=1e-3)
+    found.give(found.best(2))
+    assert [one.num_draft for one in shares] == [3, 2]
+
+
+@pytest.mark.parametrize(("serial", "host"), [(0.0, 1.0 + 0.5 * 3), (1.0, 2 * 1.0 + 0.5 * 5), (0.5, 0.5 * 2.5 + 0.5 * 4.5)])
+def test_shared_steps_are_paid_once_and_others_by_each(serial: float, host: float) -> None:
+    line = Line(1.0, 0.5, 4.0)
+    found = allocate([share([0.9, 0.9, 0.9], line=line), share([0.8, 0.8], line=line)], [10.0] * 7, serial, 0.0)
+    assert found.seconds[-1] == pytest.approx(10.0 + host)
+
+
+def test_what_a_draft_must_catch_up_is_paid_with_its_first_token() -> None:
+    found = allocate([share([0.9, 0.8], once=2.0)], [10.0, 11.0, 12.0], 0.0, 0.25)
+    assert found.seconds == pytest.approx([10.0, 13.25, 14.5])
+
+
+def draft(common: JointRound, given: int, *, together: bool = False) -> JointDraft:
+    """One of six tokens at most; a step takes half a second."""
+    one = share([0.9] * 6, line=Line(0.0, 0.5, 4.0))
+    one.outlook = Outlook("draft", 6, together=together)
+    one.num_draft = given
+    common.drafting["draft"] = common.drafting.get("draft", 0) + 1
+    return JointDraft(common, one, stops=True)
+
+
+def test_who_drafts_on_alone_pays_for_the_whole_step() -> None:
+    common = JointRound(price=1.0, row=0.1, serial=0.0)
+    one, other = draft(common, 4), draft(common, 4)
+    one.survival, other.survival = 0.5, 0.1
+    assert common.goes_on(one, 1)  # 0.45 tokens for a row and half a step
+    assert not common.goes_on(other, 1)
+    assert not common.goes_on(one, 2)  # 0.45 tokens for a row and a step
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_rows_are_handed_on_and_never_more_than_were_planned(together: bool) -> None:
+    common = JointRound(price=0.1, row=0.1, serial=0.0)
+    hopeless, eager, content = draft(common, 5, together=together), draft(common, 2, together=together), draft(common, 3)
+    hopeless.survival = 0.0
+    ahead = int(together)
+    assert not common.goes_on(hopeless, 1)
+    drafted = 1 + ahead
+    assert common.free_rows == 5 - drafted
+    position = 1
+    while common.goes_on(eager, position):
+        position += 1
+    assert position + ahead == min(2 + 5 - drafted, 6)
+    assert drafted + (position + ahead) + content.share.num_draft + common.free_rows == 5 + 2 + 3
