@@ -257,15 +257,16 @@ class Engine:
     def _plan(self, requests: Sequence[Request], controller: Controller) -> list[Round]:
         """What the controller decides for the coming round of every request, from what their drafters could do."""
         looks = [request.look(controller, self.speculation.max_draft_tokens, len(requests)) for request in requests]
-        started = perf_counter()
-        asked = [(step, context) for step, context in looks if context is not None]
-        plans = controller.plan_batch([context for _, context in asked]) if asked else []
-        for (step, context), plan in zip(asked, plans, strict=True):
-            step.plan = plan
-            step.signal = next((o.signal for o in context.outlooks if o.drafter == plan.drafter), 0)
-        each = (perf_counter() - started + self._learning) / len(requests)
+        seconds = self._learning
+        if asked := [(step, context) for step, context in looks if context is not None]:
+            started = perf_counter()
+            plans = controller.plan_batch([context for _, context in asked])
+            for (step, context), plan in zip(asked, plans, strict=True):
+                step.plan = plan
+                step.signal = next((o.signal for o in context.outlooks if o.drafter == plan.drafter), 0)
+            seconds += perf_counter() - started
         for step, _ in looks:
-            step.control_seconds += each
+            step.control_seconds += seconds / len(requests)
         return [step for step, _ in looks]
 
     def _warmup_seconds(self) -> float:

@@ -30,6 +30,8 @@ class Outlook:
     """Committed tokens that the draft's own cache still lacks; their cost is part of the round."""
     together: bool = False
     """Drafts of a batch are made in shared steps, in about the time of one."""
+    ahead: int = 0
+    """Tokens that are on their way already when a draft is stopped, and become part of it."""
 
 
 @dataclass(frozen=True, slots=True)

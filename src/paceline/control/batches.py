@@ -44,7 +44,8 @@ class JointPlanner:
             return [_NOTHING] * len(contexts)
         found = self._allocate(shares)
         count = found.best(batch)
-        merit = (batch + found.emitted[count]) * plain / (batch * found.seconds[count])
+        now_plain = self._costs.plain_now(max(context.context_length for context in contexts), batch)
+        merit = (batch + found.emitted[count]) * now_plain / (batch * found.seconds[count])
         probe = merit <= 1.0 + self._margin + (DOUBLE_PROOF if lane.purse.slack <= 0.0 else 0.0)
         if probe:
             for share in shares:
@@ -56,7 +57,8 @@ class JointPlanner:
                     lane.rest_until = now + REST * batch
                 return [Plan(None, 0, self._why_plain(merit), 1.0, plain)] * len(contexts)
             self._prober = shares[0].context.request_id
-        self._lend_reading(shares, plain, lane)
+        else:
+            self._lend_reading(shares, plain, lane)
         count = self._affordable(found, count, plain)
         if count == 0:
             lane.rest_until = now + REST * batch
@@ -74,7 +76,7 @@ class JointPlanner:
         confident.asks = True
         if not draft.stops:
             return True
-        draft.survival *= confident.model.chance(position, features.max_prob)
+        draft.survival *= self._quality.chance(request_id, share.outlook.drafter, confident, features)
         return draft.round.goes_on(draft, position)
 
     def is_prober(self, request_id: int) -> bool:
@@ -100,12 +102,16 @@ class JointPlanner:
             costs.overlap.expect_together()
         limit = min(context.max_draft, outlook.available)
         rates = self._quality.rates(context.request_id, context.task, drafter, bucket, limit)
-        once = 0.0
-        if outlook.catch_up:
-            once = costs.catch_up(drafter, spread_lag(outlook.catch_up, context.remaining))
-            if outlook.catch_up <= DUE_CATCH_UP:  # goes along with the first shared step
-                once *= costs.overlap.share(context.batch_size)
-        return Share(context, outlook, bucket, rates, costs.line(drafter), once)
+        lag, once = outlook.catch_up, 0.0
+        if lag > DUE_CATCH_UP:
+            once = costs.catch_up(drafter, spread_lag(lag, context.remaining))
+        elif lag:  # goes along with the first shared step
+            once = costs.catch_up(drafter, lag) * costs.overlap.share(context.batch_size)
+        return Share(context, outlook, bucket, rates, *costs.drafting(drafter), once)
+
+    def _reading(self, share: Share) -> float:
+        """Seconds that its draft must read beyond what its round is charged with."""
+        return max(0.0, self._costs.catch_up(share.outlook.drafter, share.outlook.catch_up) - share.once)
 
     def _allocate(self, shares: Sequence[Share]) -> Allocation:
         costs, rows = self._costs, shares[0].context.batch_size
@@ -115,8 +121,8 @@ class JointPlanner:
 
     def _may_probe(self, found: Allocation, plain: float, lane: Lane, now: int) -> bool:
         share, batch = found.shares[0], found.shares[0].context.batch_size
-        tokens = found.seconds[-1] * batch / plain - batch - found.emitted[-1]
-        loss = max(0.0, tokens)
+        seconds = found.seconds[-1] + sum(self._reading(one) for one in found.shares)  # a try does not stay to earn it
+        loss = max(0.0, seconds * batch / plain - batch - found.emitted[-1])
         if lane.purse.slack < loss * plain / batch:
             return False
         drafter = share.outlook.drafter
@@ -140,7 +146,7 @@ class JointPlanner:
         costs, rows = self._costs, found.shares[0].context.batch_size
         length = max(share.context.context_length for share in found.shares)
         measured, learnt = costs.measured(rows, wanted, length), costs.learnt(rows, wanted, length)
-        reading = [costs.catch_up(s.outlook.drafter, s.outlook.catch_up) - s.once for s in found.shares]
+        reading = [self._reading(share) for share in found.shares]
         margin, count, worst = 1.0 + 2.0 * costs.deviation, wanted, 0.0
         while count > 0:
             seconds = found.seconds[count]
@@ -166,8 +172,7 @@ class JointPlanner:
             drafter, context = share.outlook.drafter, share.context
             confident = self._quality.confidence(drafter, context.task)
             stops = confident is not None and confident.asks and confident.model.labels >= CALIBRATED and not probe
-            self._running[context.request_id] = JointDraft(joint, share, stops)
-            joint.drafting[drafter] = joint.drafting.get(drafter, 0) + 1
+            self._running[context.request_id] = joint.join(share, stops=stops)
             wanted = len(share.rates) if stops and share.num_draft > 1 else share.num_draft
             plans.append(Plan(drafter, wanted, self._why_draft(share, probe), share.emitted, seconds, probe))
         return plans
@@ -188,5 +193,5 @@ def _own_worth(share: Share, price: float) -> float:
     for drafted, rate in enumerate(share.rates, 1):
         chance *= rate
         gained += chance
-        best = max(best, gained - price * (share.line.fixed + share.line.per_token * drafted + share.once))
+        best = max(best, gained - price * (share.fixed + share.per_token * drafted + share.once))
     return best

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from paceline.control.base import RoundContext
-from paceline.control.pricing import Line
 from paceline.records import Outlook
 
 _LEAST_CHANCE = 0.02
@@ -29,8 +29,9 @@ class Share:
     """Of the outlook's signal."""
     rates: list[float]
     """Chances of the draft's tokens, each given that those before it are accepted."""
-    line: Line
-    """Its drafter's time."""
+    fixed: float
+    per_token: float
+    """Its drafter's seconds: for a draft, and for each token."""
     once: float
     """Seconds before its first drafted token: what the draft's cache must catch up."""
     num_draft: int = 0
@@ -88,12 +89,12 @@ def allocate(shares: Sequence[Share], forwards: Sequence[float], serial: float, 
     host = emitted = 0.0
     for taken, (negative, depth, i) in enumerate(candidates, 1):
         share = shares[i]
-        line, drafter = share.line, share.outlook.drafter
-        host += each + serial * line.per_token
+        drafter = share.outlook.drafter
+        host += each + serial * share.per_token
         if depth == 1:
-            host += share.once + serial * line.fixed
+            host += share.once + serial * share.fixed
         if depth > (deep := deepest.get(drafter, 0)):
-            host += (1.0 - serial) * (line.per_token * (depth - deep) + (line.fixed if deep == 0 else 0.0))
+            host += (1.0 - serial) * (share.per_token * (depth - deep) + (share.fixed if deep == 0 else 0.0))
             deepest[drafter] = depth
         emitted -= negative
         found.order.append(i)
@@ -104,7 +105,7 @@ def allocate(shares: Sequence[Share], forwards: Sequence[float], serial: float, 
 
 @dataclass(slots=True)
 class JointRound:
-    """The stop rule of a batch: who goes on pays for its row and for its part of the step, and rows are handed on.
+    """The stop rule of a batch: each goes on while its next token is worth its row, and all while they are worth a step together.
 
     A draft that stops early leaves its rows to those that want more than they were given, so that the forward gets no more rows
     than were priced (a step in its cost may be right behind them).
@@ -115,29 +116,40 @@ class JointRound:
     row: float
     """Seconds of another row."""
     serial: float
-    drafting: dict[str, int] = field(default_factory=dict)
-    """Sequences that still draft, by drafter."""
+    """As in `allocate`."""
     free_rows: int = 0
+    hopes: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Of those that still draft, by drafter and request: chance of the next token beyond what its own time is worth."""
+
+    def join(self, share: Share, *, stops: bool) -> JointDraft:
+        """A draft of this round."""
+        draft = JointDraft(self, share, stops)
+        self._hope(draft, share.rates[0])
+        return draft
 
     def goes_on(self, draft: JointDraft, position: int) -> bool:
         """Whether a sequence drafts a token more than it will have anyway. position: tokens of its draft that are known."""
         share = draft.share
-        drafter, rates, due = share.outlook.drafter, share.rates, position
-        if share.outlook.together:  # steps are issued ahead: the next token is on its way whatever is decided
-            draft_ahead = rates[due] if due < len(rates) else 0.0
-            due += 1
-        else:
-            draft_ahead = 1.0
-        chance = draft.survival * draft_ahead * (rates[due] if due < len(rates) else 0.0)
-        step = share.line.per_token * (self.serial + (1.0 - self.serial) / max(self.drafting[drafter], 1))
-        if chance > self.price * (self.row + step) and (due < share.num_draft or self.free_rows > 0):
+        rates, due = share.rates, position + share.outlook.ahead
+        chance = draft.survival * prod(rates[position : due + 1]) if due < len(rates) else 0.0
+        hopes, own = self._hope(draft, chance)
+        step = (1.0 - self.serial) * share.per_token
+        pays = own > 0.0 and sum(hope for hope in hopes.values() if hope > 0.0) > self.price * step
+        if pays and (due < share.num_draft or self.free_rows > 0):
             if due >= share.num_draft:
                 share.num_draft += 1
                 self.free_rows -= 1
             return True
-        self.drafting[drafter] -= 1
+        del hopes[share.context.request_id]
         self.free_rows += share.num_draft - due
         return False
+
+    def _hope(self, draft: JointDraft, chance: float) -> tuple[dict[int, float], float]:
+        share = draft.share
+        own = chance - self.price * (self.row + self.serial * share.per_token)
+        hopes = self.hopes.setdefault(share.outlook.drafter, {})
+        hopes[share.context.request_id] = own
+        return hopes, own
 
 
 @dataclass(slots=True)

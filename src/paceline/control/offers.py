@@ -12,7 +12,7 @@ from paceline.records import Outlook, StepRecord
 DUE_CATCH_UP, _STAY = 8, 16
 CLEARLY_NOT, REST = 0.97, 8
 """Speed under which an offer is clearly not worth it, and tokens for which it is then not priced again."""
-CALIBRATED = 64
+CALIBRATED = 16
 """Labels from which on a drafter's confidence may end its drafts."""
 DOUBLE_PROOF = 0.1
 """What drafting must promise above the margin while its purse is empty."""
@@ -111,8 +111,8 @@ def batch_bucket(batch: int) -> int:
     return (batch - 1).bit_length()
 
 
-def spread_lag(lag: int, remaining: int) -> int:
-    """Tokens of a lag that one round is charged with: a long one is paid once for a stay of many rounds (7.8), those that are left
-    at a few tokens each."""
+def spread_lag(lag: int, remaining: int, due: int = 0) -> int:
+    """Tokens of a lag that one round is charged with: those that are due, and of the others, which are paid once for a stay of many
+    rounds (7.8), a round's part. Rounds that are left: at a few tokens each."""
     stay = min(max(remaining // 3, _STAY), 4 * _STAY)
-    return lag if lag <= DUE_CATCH_UP else max(DUE_CATCH_UP, lag // stay)
+    return min(lag, due) + max(lag - due, 0) // stay

@@ -21,6 +21,7 @@ from paceline.control.offers import (
     CALIBRATED,
     CLEARLY_NOT,
     DOUBLE_PROOF,
+    DUE_CATCH_UP,
     REST,
     Lane,
     Lesson,
@@ -147,16 +148,17 @@ class Pacer(Controller):
         lane = self._lane(context.task, 1, plain)
         if lane.arbiter.wants_plain or self._needs_plain(1):
             return self._renew(plain)
-        best = self._offer(context, able[0], plain)
+        now = self._costs.plain_now(context.context_length)
+        best = self._offer(context, able[0], now)
         others: list[Offer] = []
         for outlook in able[1:]:
-            offer = self._offer(context, outlook, plain)
+            offer = self._offer(context, outlook, now)
             if offer.merit > best.merit:
                 best, offer = offer, best
             others.append(offer)
         pays = best.merit > 1.0 + self.options.margin + (DOUBLE_PROOF if lane.purse.slack <= 0.0 else 0.0)
         for offer in others if pays else [best, *others]:
-            if self._may_probe(context, offer, plain, best.merit if pays else 1.0, lane):
+            if self._may_probe(context, offer, now, best.merit if pays else 1.0, lane):
                 return self._grant(context, offer, plain, lane, min(offer.num_draft, 2), probe=True)
         for offer in (best, *others):
             if offer.merit < CLEARLY_NOT:
@@ -187,7 +189,7 @@ class Pacer(Controller):
         confident.asks = True
         if running.price == 0.0:
             return True
-        running.survival *= confident.model.chance(features.position, features.max_prob)
+        running.survival *= self._quality.chance(request_id, drafter, confident, features)
         return worth_another(running.survival, features.position, offer.rates, offer.seconds, running.price)
 
     def observe(self, record: StepRecord) -> None:
@@ -286,7 +288,7 @@ class Pacer(Controller):
             costs.learn_speculative(record, lesson.rows, lesson.seconds, lesson.lag, lesson.times_draft)
             return
         batch, context = record.batch_size, record.context_length
-        costs.learn_plain(context, batch, lesson.seconds, lesson.verify_seconds, min(lesson.rounds, 1.0))
+        costs.learn_plain(context, batch, lesson.seconds, lesson.verify_seconds, lesson.rounds)
         if costs.knows_plain(batch):
             self._bank.correct_start(costs.plain(context, batch))
 
@@ -329,12 +331,12 @@ class Pacer(Controller):
         limit = min(context.max_draft, outlook.available)
         rates = self._quality.rates(context.request_id, context.task, drafter, bucket, limit)
         curve = costs.learnt(1, limit, context.context_length)
-        line, rest = costs.line(drafter), costs.rest
-        once, each = line.fixed + rest.fixed, line.per_token + rest.per_token
+        fixed, per_token = costs.drafting(drafter)
+        once, each = fixed + costs.rest.fixed, per_token + costs.rest.per_token
         if outlook.catch_up:
-            once += costs.catch_up(drafter, spread_lag(outlook.catch_up, context.remaining))
+            once += costs.catch_up(drafter, spread_lag(outlook.catch_up, context.remaining, DUE_CATCH_UP))
         # Prices of near equals are noisy; a round with a draft in it is never cheaper than one without.
-        seconds = round_seconds(curve, once, each, plain + line.fixed, line.per_token + _LEAST_ROW * plain)
+        seconds = round_seconds(curve, once, each, plain + fixed, per_token + _LEAST_ROW * plain)
         num_draft, emitted = best_ratio(rates, seconds)
         merit = emitted * plain / seconds[num_draft]
         confident = self._quality.confidence(drafter, context.task)
@@ -385,11 +387,11 @@ class Pacer(Controller):
         """The longest draft, up to the wanted one, whose worst loss the bank grants; 0 if there is none."""
         costs, outlook = self._costs, offer.outlook
         table = costs.measured(1, wanted, context.context_length)
-        line, rest = costs.line(outlook.drafter), costs.rest
         catch_up = costs.catch_up(outlook.drafter, outlook.catch_up)
         margin = 1.0 + 2.0 * costs.deviation
         for k in range(wanted, 0, -1):
-            worst = max(margin * offer.seconds[k], table[k] + line.worst(k) + rest.worst(k)) + catch_up
+            worst = max(margin * offer.seconds[k], table[k] + costs.worst_drafting(outlook.drafter, k) + costs.rest.worst(k))
+            worst += catch_up
             if self._bank.grant(max(0.0, worst - plain)):
                 return k
         self._bank.save_for(worst - plain + 0.25 * plain, plain)
@@ -402,7 +404,7 @@ class Pacer(Controller):
         worst = max(self._costs.measured(rows, 0, record.context_length)[0], record.expected_seconds)
         worst += record.batch_size * self._costs.rest.worst(record.num_drafted)
         if record.drafter is not None:
-            worst += record.batch_size * self._costs.line(record.drafter).worst(record.num_drafted)
+            worst += record.batch_size * self._costs.worst_drafting(record.drafter, record.num_drafted)
         return max(1.0 + 2.0 * self._costs.deviation, _SUSPECT) * worst if worst > 0.0 else inf
 
     def _why_plain(self, offer: Offer, plain: float) -> str:

@@ -121,8 +121,8 @@ class Scales:
         bucket = rows_bucket(rows)
         surprise = ratio / (self.machine * self._rows[bucket])
         surprise = min(max(surprise, 1.0 / _OUTLIER), _OUTLIER)
-        common = weight * max(0.1, 0.6 / (1.0 + 0.25 * self._seen))
-        own = weight * max(0.05, 0.3 / (1.0 + 0.5 * self._counts[bucket]))
+        common = min(weight * max(0.1, 0.6 / (1.0 + 0.25 * self._seen)), 0.6)
+        own = min(weight * max(0.05, 0.3 / (1.0 + 0.5 * self._counts[bucket])), 0.3)
         self.machine *= surprise**common
         self._rows[bucket] *= surprise**own
         self._seen += weight
@@ -260,8 +260,20 @@ class LearnedCosts:
         self.deviation = 0.1
         """Mean relative deviation of speculative rounds from their predicted time."""
 
+    def drafting(self, drafter: str) -> tuple[float, float]:
+        """Seconds of a draft and of each of its tokens, without catching up, on the machine as it is now."""
+        line, machine = self.line(drafter), self._scales.machine
+        return machine * line.fixed, machine * line.per_token
+
+    def worst_drafting(self, drafter: str, tokens: int) -> float:
+        """As `Line.worst`, on the machine as it is now."""
+        return self._scales.machine * self.line(drafter).worst(tokens)
+
     def line(self, drafter: str) -> Line:
-        """A drafter's own time, without catching up; one that the table does not know is free until it was seen."""
+        """A drafter's own time on the machine of the table: what slows forwards down slows drafts down, too.
+
+        One that the table does not know is free until it was seen.
+        """
         line = self._lines.get(drafter)
         if line is None:
             known = self._table.drafters.get(drafter)
@@ -287,6 +299,12 @@ class LearnedCosts:
         """A whole plain round. Corrected by plain rounds only: the bound of the time bank rests on it."""
         return self.measured(batch, 0, context)[0] * self._plain[self._like(batch)].value
 
+    def plain_now(self, context: int, batch: int = 1) -> float:
+        """As `plain`, on the machine as it is now: other forwards may have shown that it is slower or faster than at the last plain
+        round. For choices, where plain and speculative rounds must be compared under the same load."""
+        change = self._scales.machine / self._machine_at_plain
+        return self.plain(context, batch) * min(max(change, 0.5), 2.0)
+
     def knows_plain(self, batch: int) -> bool:
         """Whether enough plain rounds were seen to trust their price."""
         return self._plain[self._like(batch)].count >= _TRUSTED
@@ -299,7 +317,7 @@ class LearnedCosts:
         bucket = rows_bucket(batch)
         if batch == 1 or self._plain[bucket].count >= _TRUSTED:
             return bucket
-        near = [b for b in range(max(2, batch // 4), min(4 * batch, _EXACT_ROWS) + 1) if self._plain[b].count >= _TRUSTED]
+        near = [b for b in range(max(1, batch // 4), min(4 * batch, _EXACT_ROWS) + 1) if self._plain[b].count >= _TRUSTED]
         return min(near, key=lambda b: abs(b - batch), default=bucket)
 
     @property
@@ -336,10 +354,10 @@ class LearnedCosts:
         return curve
 
     def learn_plain(self, context: int, batch: int, round_seconds: float, verify_seconds: float, weight: float = 1.0) -> None:
-        """Count a plain round, without what looking for drafts took. weight: share of it that is counted, in a batch."""
+        """Count plain rounds alike, without what looking for drafts took. weight: how many; of a batch, the part counted."""
         raw = self.measured(batch, 0, context)[0]
         if raw > 0.0:
-            self._plain[rows_bucket(batch)].update(round_seconds / raw, weight)
+            self._plain[rows_bucket(batch)].update(round_seconds / raw, min(weight, 1.0))
             self._learn_verify(batch, verify_seconds / raw, weight)
             self._machine_at_plain = self._scales.machine
         if batch == 1:
@@ -354,11 +372,11 @@ class LearnedCosts:
         batch, drafted = record.batch_size, record.num_drafted
         self.learn_round(record.context_length, rows, batch, record.verify_seconds)
         if record.drafter is not None:
-            line = self.line(record.drafter)
-            self.learn_catch_up(record.drafter, lag, record.draft_seconds - line.fixed - line.per_token * drafted)
+            fixed, each = self.drafting(record.drafter)
+            self.learn_catch_up(record.drafter, lag, record.draft_seconds - fixed - each * drafted)
             catch_up = min(self.catch_up(record.drafter, lag), 0.5 * record.draft_seconds)
             if lag < _LONG_LAG and (times_draft or self.overlap.serial > 0.5):
-                line.learn(drafted, record.draft_seconds - catch_up)
+                self.line(record.drafter).learn(drafted, (record.draft_seconds - catch_up) / self._scales.machine)
         if batch == 1:
             self.rest.learn(drafted, seconds - record.verify_seconds - record.draft_seconds)
             if record.expected_seconds > 0.0 and drafted == record.num_planned:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from paceline.control.acceptance import AcceptanceModel, observed_labels, signal_bucket, temperature_tag
+from paceline.control.acceptance import AcceptanceModel, Shift, observed_labels, signal_bucket, temperature_tag
 from paceline.control.confidence import Calibrated
 from paceline.control.pricing import node_rates
-from paceline.records import StepRecord
+from paceline.records import DraftFeatures, StepRecord
+
+_FADING, _WEIGHT = 0.96, 6.0
+"""Of a request's own shift: fading for each label, and labels that the calibration counts for."""
 
 
 class DraftQuality:
@@ -16,6 +20,8 @@ class DraftQuality:
     def __init__(self) -> None:
         self._acceptance = AcceptanceModel()
         self._confident: dict[str, Calibrated] = {}
+        self._surer: dict[int, dict[str, Shift]] = {}
+        """By how much a request's drafts are right more or less often than their confidence says, by drafter."""
         self._widths: dict[str, float] = {}
         """Nodes a level of drafters that propose trees."""
 
@@ -41,6 +47,13 @@ class DraftQuality:
             confident = self._confident[key] = Calibrated()
         return confident
 
+    def chance(self, request_id: int, drafter: str, confident: Calibrated, features: DraftFeatures) -> float:
+        """Chance that the token just drafted is accepted, given that those before it were."""
+        chance = confident.model.chance(features.position, features.max_prob)
+        shifts = self._surer.get(request_id)
+        shift = shifts.get(drafter) if shifts is not None else None
+        return shift.apply([chance])[0] if shift is not None else chance
+
     def learn(self, record: StepRecord, seconds: float, now: int) -> bool:
         """Count a round with a draft of `seconds`; now: tokens emitted so far. Whether it said something about acceptance."""
         drafter = record.drafter or ""
@@ -51,14 +64,28 @@ class DraftQuality:
             self._widths[drafter] = 0.9 * self._widths.get(drafter, width) + 0.1 * width
         if record.confidences:
             confident = self.states_confidence(drafter, record.task)
+            if labels:
+                self._learn_surety(record, confident, labels, now)
             confident.model.update(record.confidences, labels)
             if confident.asks and record.batch_size == 1 and not (record.truncated or record.warmup or record.probe):
                 confident.delivered.update(record, seconds)
         return len(labels) > 0
 
+    def _learn_surety(self, record: StepRecord, confident: Calibrated, labels: Sequence[float], now: int) -> None:
+        expected = sum(
+            confident.model.chance(j, max_prob) for j, (max_prob, _) in enumerate(zip(record.confidences, labels, strict=False), 1)
+        )
+        shifts = self._surer.setdefault(record.request_id, {})
+        shift = shifts.get(record.drafter or "")
+        if shift is None:
+            shift = shifts[record.drafter or ""] = Shift(_FADING, _WEIGHT)
+        count = min(len(labels), len(record.confidences))
+        shift.update(count, sum(labels[:count]), expected, now)
+
     def forget(self, request_id: int) -> None:
         """The request ended."""
         self._acceptance.forget(request_id)
+        self._surer.pop(request_id, None)
 
     def calibration(self) -> list[dict[str, Any]]:
         """Reliability diagrams as rows: predicted and observed acceptance of each drafter that states its confidence."""

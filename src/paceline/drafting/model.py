@@ -174,7 +174,7 @@ class ModelSession(DraftSession):
         available = 0 if self._dropped else max(0, min(max_tokens, self._room()))
         missing = len(self._view.tokens) - 1 - self._agreed
         together = self._drafter.drafts_together
-        return Outlook(self._drafter.name, available, catch_up=missing if available else 0, together=together)
+        return Outlook(self._drafter.name, available, catch_up=missing if available else 0, together=together, ahead=int(together))
 
     def _room(self) -> int:
         """Tokens that fit into the draft's context; the last drafted token is never fed."""

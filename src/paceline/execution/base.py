@@ -218,6 +218,14 @@ class Runner(ABC):
     gathers: bool = False
     """Whether `gather`, `follow`, `attention_mass` and `read_keys` are there."""
 
+    def adopt_cache(self, other: Runner) -> bool:
+        """Work in the sequences of another runner of the same model from now on, in its format of keys and values.
+
+        For copies in another precision that read what their target has computed. Returns whether the two can; if not, nothing
+        changes. Sequences that this runner opened before are closed first.
+        """
+        return False
+
     def gather(self, sequence: SequenceHandle, rows: torch.Tensor) -> SequenceHandle:
         """A working copy that holds some of the committed rows only, for drafts over a part of the cache.
 

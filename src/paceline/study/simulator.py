@@ -124,7 +124,7 @@ class Simulator:
         self.outcome.seconds += seconds
         self.outcome.tokens += emitted
         for d in drafts:
-            self._commit(d, verify, seconds, rows, emitted, factor)
+            self._commit(d, draft if d.count else 0.0, verify, seconds, rows, emitted)
         self._active = [s for s in self._active if s.remaining > 0]
 
     def _noise_factor(self) -> float:
@@ -151,9 +151,7 @@ class Simulator:
         plans = [unseen] * len(running) if unseen is not None else self.controller.plan_batch(contexts)
         self.outcome.control_seconds += perf_counter() - began
         drafts = [_Drafted(*parts) for parts in zip(running, plans, contexts, strict=True)]
-        for drafted in drafts:
-            if drafted.plan.drafter is not None and drafted.plan.num_draft > 0:
-                self._propose(drafted)
+        self._propose([d for d in drafts if d.plan.drafter is not None and d.plan.num_draft > 0])
         return drafts
 
     def _context(self, sequence: _Sequence, batch: int) -> RoundContext:
@@ -169,25 +167,36 @@ class Simulator:
             task=regime.name,
         )
 
-    def _propose(self, drafted: _Drafted) -> None:
-        plan, at = drafted.plan, drafted.sequence.position
+    def _propose(self, drafts: Sequence[_Drafted]) -> None:
+        """Draft token by token, all sequences in step."""
+        streams = [self._stream_of(drafted) for drafted in drafts]
+        going = [(d, stream) for d, stream in zip(drafts, streams, strict=True) if stream.max_prob]
+        for depth in range(1, max((d.plan.num_draft for d, _ in going), default=0) + 1):
+            asked, going = going, []
+            for d, stream in asked:
+                more = self._asks(d, stream, d.sequence.position + depth - 1, depth)
+                if more and depth < d.plan.num_draft:
+                    going.append((d, stream))
+                else:
+                    d.count = depth
+        for d, stream in zip(drafts, streams, strict=True):
+            at = d.sequence.position
+            if stream.max_prob:
+                d.confidences = tuple(stream.max_prob[at : at + d.count])
+            d.accepted = stream.run_length(at, d.count)
+            if self.world.regime.exact_labels:
+                observed = min(d.accepted + 1, d.count)
+                d.acceptance = tuple(stream.chance(at + j, j + 1) for j in range(observed))
+
+    def _stream_of(self, drafted: _Drafted) -> Stream:
+        plan = drafted.plan
         index = next(i for i, s in enumerate(self.world.streams) if s.drafter == plan.drafter)
-        stream, drafted.outlook = self.world.streams[index], drafted.context.outlooks[index]
+        drafted.outlook, drafted.count = drafted.context.outlooks[index], plan.num_draft
         if plan.num_draft > drafted.outlook.available:
             raise OptionError(
                 f"controller = {self.controller.name!r}: planned {plan.num_draft} tokens where {drafted.outlook.available} exist"
             )
-        drafted.count = plan.num_draft
-        if stream.max_prob:
-            for depth in range(1, plan.num_draft + 1):
-                if not self._asks(drafted, stream, at + depth - 1, depth):
-                    drafted.count = depth
-                    break
-            drafted.confidences = tuple(stream.max_prob[at : at + drafted.count])
-        drafted.accepted = stream.run_length(at, drafted.count)
-        if self.world.regime.exact_labels:
-            observed = min(drafted.accepted + 1, drafted.count)
-            drafted.acceptance = tuple(stream.chance(at + j, j + 1) for j in range(observed))
+        return self.world.streams[index]
 
     def _asks(self, drafted: _Drafted, stream: Stream, position: int, depth: int) -> bool:
         max_prob = stream.max_prob[position]
@@ -197,7 +206,7 @@ class Simulator:
         self.outcome.control_seconds += perf_counter() - began
         return more
 
-    def _commit(self, d: _Drafted, verify: float, seconds: float, rows: int, emitted: int, factor: float) -> None:
+    def _commit(self, d: _Drafted, draft: float, verify: float, seconds: float, rows: int, emitted: int) -> None:
         record = StepRecord(
             request_id=d.sequence.request_id,
             drafter=d.plan.drafter if d.count else None,
@@ -207,7 +216,7 @@ class Simulator:
             num_emitted=d.accepted + 1,
             context_length=d.context.context_length,
             signal=d.outlook.signal,
-            draft_seconds=self._draft_seconds(d) * factor,
+            draft_seconds=draft,
             verify_seconds=verify,
             round_seconds=seconds,
             batch_size=d.context.batch_size,

@@ -10,15 +10,16 @@ from hypothesis import strategies as st
 
 from paceline.control.base import RoundContext
 from paceline.control.joint import JointDraft, JointRound, Share, allocate
-from paceline.control.pricing import Line
 from paceline.records import Outlook
 
 RATES = st.lists(st.floats(0.05, 1.0), min_size=1, max_size=3)
 
 
-def share(rates: list[float], drafter: str = "draft", line: Line | None = None, once: float = 0.0) -> Share:
+def share(
+    rates: list[float], drafter: str = "draft", line: tuple[float, float] = (0.0, 0.0), once: float = 0.0, request: int = 0
+) -> Share:
     outlook = Outlook(drafter, len(rates))
-    return Share(RoundContext(0, 100, 8, (outlook,)), outlook, 0, rates, line or Line(0.0, 0.0, 4.0), once)
+    return Share(RoundContext(request, 100, 8, (outlook,)), outlook, 0, rates, *line, once)
 
 
 def expected(rates: list[float], count: int) -> float:
@@ -68,7 +69,7 @@ def test_the_worked_example_of_the_notes() -> None:
 
 @pytest.mark.parametrize(("serial", "host"), [(0.0, 1.0 + 0.5 * 3), (1.0, 2 * 1.0 + 0.5 * 5), (0.5, 0.5 * 2.5 + 0.5 * 4.5)])
 def test_shared_steps_are_paid_once_and_others_by_each(serial: float, host: float) -> None:
-    line = Line(1.0, 0.5, 4.0)
+    line = (1.0, 0.5)
     found = allocate([share([0.9, 0.9, 0.9], line=line), share([0.8, 0.8], line=line)], [10.0] * 7, serial, 0.0)
     assert found.seconds[-1] == pytest.approx(10.0 + host)
 
@@ -78,30 +79,38 @@ def test_what_a_draft_must_catch_up_is_paid_with_its_first_token() -> None:
     assert found.seconds == pytest.approx([10.0, 13.25, 14.5])
 
 
-def draft(common: JointRound, given: int, *, together: bool = False) -> JointDraft:
+def draft(common: JointRound, request: int, given: int, *, ahead: bool = False) -> JointDraft:
     """One of six tokens at most; a step takes half a second."""
-    one = share([0.9] * 6, line=Line(0.0, 0.5, 4.0))
-    one.outlook = Outlook("draft", 6, together=together)
+    one = share([0.9] * 6, line=(0.0, 0.5), request=request)
+    one.outlook = Outlook("draft", 6, together=True, ahead=int(ahead))
     one.num_draft = given
-    common.drafting["draft"] = common.drafting.get("draft", 0) + 1
-    return JointDraft(common, one, stops=True)
+    return common.join(one, stops=True)
 
 
-def test_who_drafts_on_alone_pays_for_the_whole_step() -> None:
+def test_all_go_on_while_they_are_worth_a_step_together() -> None:
     common = JointRound(price=1.0, row=0.1, serial=0.0)
-    one, other = draft(common, 4), draft(common, 4)
-    one.survival, other.survival = 0.5, 0.1
-    assert common.goes_on(one, 1)  # 0.45 tokens for a row and half a step
-    assert not common.goes_on(other, 1)
-    assert not common.goes_on(one, 2)  # 0.45 tokens for a row and a step
+    one, other = draft(common, 0, 4), draft(common, 1, 4)
+    one.survival, other.survival = 0.5, 0.3
+    assert common.goes_on(one, 1)
+    assert common.goes_on(other, 1)  # 0.35 and 0.17 tokens beyond the rows' worth, for half a second
+    other.survival = 0.1
+    assert not common.goes_on(other, 2)  # not worth its row
+    assert not common.goes_on(one, 2)  # not worth the step alone
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_rows_are_handed_on_and_never_more_than_were_planned(together: bool) -> None:
+def test_who_drafts_by_itself_pays_for_its_own_steps_only() -> None:
+    common = JointRound(price=1.0, row=0.1, serial=1.0)
+    one, other = draft(common, 0, 4), draft(common, 1, 4)
+    one.survival, other.survival = 0.7, 0.5
+    assert common.goes_on(one, 1)  # 0.63 tokens for a row and a step of its own
+    assert not common.goes_on(other, 1)  # 0.45
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_rows_are_handed_on_and_never_more_than_were_planned(ahead: bool) -> None:
     common = JointRound(price=0.1, row=0.1, serial=0.0)
-    hopeless, eager, content = draft(common, 5, together=together), draft(common, 2, together=together), draft(common, 3)
+    hopeless, eager, content = draft(common, 0, 5, ahead=ahead), draft(common, 1, 2, ahead=ahead), draft(common, 2, 3)
     hopeless.survival = 0.0
-    ahead = int(together)
     assert not common.goes_on(hopeless, 1)
     drafted = 1 + ahead
     assert common.free_rows == 5 - drafted

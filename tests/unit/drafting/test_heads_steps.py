@@ -218,7 +218,7 @@ def test_a_head_after_rollbacks_equals_one_that_reads_the_text_at_once(
         torch.testing.assert_close(part, other_part, rtol=1e-4, atol=1e-5)
     assert mine.tokens == new.tokens
     assert mine.parents == new.parents
-    assert mine.confidences == pytest.approx(new.confidences, rel=1e-3)
+    assert mine.confidences == pytest.approx(new.confidences, rel=3e-3)
 
 
 _DRAFTERS: dict[tuple[str, bool], Drafter] = {}

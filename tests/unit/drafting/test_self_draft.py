@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.drafting import registry
-from paceline.drafting.base import DrafterContext
+from paceline.drafting.base import DrafterContext, DraftJob
+from paceline.drafting.self_draft.copy import CopyDrafter
 from paceline.errors import OptionError
 from paceline.execution.base import Segment
 from toys import ToyRunner, random_language
@@ -41,6 +42,7 @@ SETTINGS: dict[str, tuple[str, dict[str, object]]] = {
     "sparse_spread": ("sparse_kv", {"choose": "spread", "budget": 6, "queries": 3, "refresh": 5, "least_context": 4}),
 }
 IN_THE_TARGETS_CACHE = [name for name in SETTINGS if name not in ("quantized_self", "dynamic_precision")]
+COPIES = ("quantized_self", "dynamic_precision")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -62,6 +64,12 @@ def test_sampled_text_follows_the_targets_distribution(name: str) -> None:
 def test_the_targets_cache_is_given_back_as_it_was(name: str, backend: str) -> None:
     kind, options = SETTINGS[name]
     assert gives_the_cache_back(make(kind, backend, **options), backend) == 5
+
+
+@COMPILED
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_gives_the_targets_cache_back_as_it_was(name: str) -> None:
+    assert gives_the_cache_back(make(name, "native"), "native") == 5
 
 
 @COMPILED
@@ -139,3 +147,23 @@ def test_a_backend_that_cannot_serve_is_named_with_one_that_can(kind: str) -> No
     context = DrafterContext(vocab_size=9, max_context=9, target=ToyRunner(random_language(9), 9))
     with pytest.raises(OptionError, match="backend = 'native'"):
         registry.create(kind, {}, context)
+
+
+@COMPILED
+def test_a_copy_reads_what_the_target_has_computed() -> None:
+    """It has nothing to catch up with, and holds its weights only."""
+    drafter = make("quantized_self", precision="int8")
+    view = in_cache()
+    outlook = drafter.open(view).outlook(4)
+    assert (outlook.available, outlook.catch_up, outlook.together) == (4, 0, True)
+    assert isinstance(drafter, CopyDrafter)
+    assert 0 < drafter.memory_bytes() == drafter.runner.info.weight_bytes
+
+
+@COMPILED
+def test_copies_of_several_sequences_draft_in_shared_steps_as_each_alone() -> None:
+    drafter = make("quantized_self", precision="int8")
+    views = [in_cache() for _ in range(3)]
+    alone = [all_of(drafter.open(view), k).tokens for view, k in zip(views, (4, 1, 6), strict=True)]
+    jobs = [DraftJob(drafter.open(view), k, lambda _: True) for view, k in zip(views, (4, 1, 6), strict=True)]
+    assert [draft.tokens for draft in drafter.propose_together(jobs)] == alone

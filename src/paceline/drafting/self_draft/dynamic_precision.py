@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from paceline.drafting.base import DrafterContext, DrafterSpec
-from paceline.drafting.model import ModelDrafter, ModelOptions
+from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec
+from paceline.drafting.model import ModelOptions
 from paceline.drafting.options import number
+from paceline.drafting.self_draft.copy import CopyDrafter
 from paceline.drafting.self_draft.quantized import refuse_same
 from paceline.errors import OptionError
 from paceline.execution.base import MATRICES, Runner, Segment
@@ -74,13 +75,13 @@ class DynamicPrecisionOptions:
         return (self.bits - low) / (high - low)
 
 
-class DynamicPrecisionDrafter(ModelDrafter):
-    """See the module's text. A `ModelDrafter` over a second runner of the same source."""
+class DynamicPrecisionDrafter(CopyDrafter):
+    """See the module's text."""
 
-    options_type = DynamicPrecisionOptions  # type: ignore[assignment]
+    options_type = DynamicPrecisionOptions
 
     @classmethod
-    def build(cls, spec: DrafterSpec, options: DynamicPrecisionOptions, context: DrafterContext) -> DynamicPrecisionDrafter:  # type: ignore[override]
+    def build(cls, spec: DrafterSpec, options: DynamicPrecisionOptions, context: DrafterContext) -> Drafter:
         if context.open_graded is None:
             raise OptionError(f"draft = '{spec}': the target's weights cannot be loaded again here; use another drafter")
         refuse_same(spec, options.narrow, context)
@@ -95,7 +96,7 @@ class DynamicPrecisionDrafter(ModelDrafter):
             return f"{options.bits:g} bits by {options.decide}"
 
         runner = context.open_graded(options.narrow, options.wide, set_up)
-        return cls(runner, str(spec), options=ModelOptions(temperature=options.temperature), vocab_size=context.vocab_size)
+        return cls.over(runner, spec, options.temperature, context)
 
 
 def wide_matrices(damage: torch.Tensor, shares: torch.Tensor, wide_share: float) -> torch.Tensor:

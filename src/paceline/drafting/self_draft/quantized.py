@@ -1,6 +1,6 @@
-"""`quantized_self`: the target's own weights in fewer bits, with a cache of its own (ML-SpecQD, 2503.13565: the idea; the
-formats are those of our runners). It pays when the target runs in a wider precision; a drafted token costs a step of the
-copy.
+"""`quantized_self`: the target's own weights in fewer bits (ML-SpecQD, 2503.13565: the idea; the formats are those of our runners).
+It pays when the target runs in a wider precision; a drafted token costs a step of the copy. The copy works in the target's cache
+where the backend lets it (`copy`), else in one of its own.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from paceline.config import PRECISIONS
-from paceline.drafting.base import DrafterContext, DrafterSpec
-from paceline.drafting.model import ModelDrafter, ModelOptions
+from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec
+from paceline.drafting.model import ModelOptions
+from paceline.drafting.self_draft.copy import CopyDrafter
 from paceline.errors import OptionError
 
 
@@ -28,18 +29,17 @@ class QuantizedSelfOptions:
         ModelOptions(temperature=self.temperature)
 
 
-class QuantizedSelfDrafter(ModelDrafter):
-    """The target, rounded. A `ModelDrafter` over a second runner of the same source."""
+class QuantizedSelfDrafter(CopyDrafter):
+    """The target, rounded."""
 
-    options_type = QuantizedSelfOptions  # type: ignore[assignment]
+    options_type = QuantizedSelfOptions
 
     @classmethod
-    def build(cls, spec: DrafterSpec, options: QuantizedSelfOptions, context: DrafterContext) -> QuantizedSelfDrafter:  # type: ignore[override]
+    def build(cls, spec: DrafterSpec, options: QuantizedSelfOptions, context: DrafterContext) -> Drafter:
         if context.open_self is None:
             raise OptionError(f"draft = '{spec}': the target's weights cannot be loaded again here; use another drafter")
         refuse_same(spec, options.precision, context)
-        model_options = ModelOptions(temperature=options.temperature)
-        return cls(context.open_self(options.precision), str(spec), options=model_options, vocab_size=context.vocab_size)
+        return cls.over(context.open_self(options.precision), spec, options.temperature, context)
 
 
 def refuse_same(spec: DrafterSpec, precision: str, context: DrafterContext) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -13,6 +15,8 @@ from paceline.drafting.temperature import DraftTemperature
 from paceline.errors import OptionError
 from paceline.execution.base import Runner, Segment, SequenceHandle
 from paceline.records import Draft, Outlook, Verdict
+
+Steps = Generator[tuple[SequenceHandle, int], torch.Tensor, Draft]
 
 
 class SelfDrafter(Drafter):
@@ -61,14 +65,25 @@ class SelfSession(DraftSession):
     def propose(self, num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
         if self._view.sequence is None or num_tokens < 1:
             return Draft((), drafter=self._drafter.name)
-        cache = self._enter(self._view.sequence)
+        with closing(self._steps(self._view.sequence, num_tokens, keep_drafting)) as steps:
+            try:
+                cache, feed = next(steps)
+                while True:
+                    cache, feed = steps.send(self._logits(cache, feed))
+            except StopIteration as end:
+                draft: Draft = end.value
+                return draft
+
+    def _steps(self, sequence: SequenceHandle, num_tokens: int, keep_drafting: KeepDrafting) -> Steps:
+        """Asks for the logits behind each token, in turn, and returns the draft. The cache is as before in the end."""
+        cache = self._enter(sequence)
         committed = cache.length
         chosen = self._chooser.begin()
         feed = self._view.tokens[-1]
         confidences: list[float] = []
         try:
             while True:
-                logits = self._logits(cache, feed)
+                logits = yield cache, feed
                 features = chosen.add(logits)
                 confidences.append(self._confidence(logits, chosen.tokens, features.max_prob))
                 feed = chosen.tokens[-1]

@@ -74,9 +74,7 @@ class NativeRunner(Runner):
         self._kv_dtype = np.float32 if precision == "fp32" else np.uint16
         self._weights = NativeWeights(spec, weights or merged_weights(source, spec), precision, MAX_ROWS)
         self.grades, self.matrix_weights = self._weights.grades, spec.matrix_weights
-        self._engine = library.paceline_open(ctypes.byref(self._weights.model), self._threads, context)
-        if not self._engine:
-            raise ResourceError("memory: no room for the kernels' work space")
+        self._engine = self._open_engine(context)
         self.info = RunnerInfo(
             backend="native",
             precision=precision,
@@ -96,6 +94,27 @@ class NativeRunner(Runner):
         )
         self._make_buffers()
         self._spare: list[NativeSequence] = []
+
+    def _open_engine(self, context: int) -> int:
+        engine = self._library.paceline_open(ctypes.byref(self._weights.model), self._threads, context)
+        if not engine:
+            raise ResourceError("memory: no room for the kernels' work space")
+        return int(engine)
+
+    def adopt_cache(self, other: Runner) -> bool:
+        if not isinstance(other, NativeRunner):
+            return False
+        shapes = [(spec.layers, spec.kv_heads, spec.head_dim, spec.windows) for spec in (self.spec, other.spec)]
+        if shapes[0] != shapes[1] or self.info.max_context != other.info.max_context:
+            return False
+        if self._kv_dtype != other._kv_dtype:
+            self._kv_dtype = other._kv_dtype
+            self._weights.model.kv_f32 = other._weights.model.kv_f32
+            self.shutdown()
+            self._engine = self._open_engine(self.info.max_context)
+            self.info.extra["kv"] = other.info.extra["kv"]
+        self._spare.clear()
+        return True
 
     @staticmethod
     def unsupported_reason(source: ModelSource, precision: str) -> str | None:
@@ -261,7 +280,7 @@ class NativeRunner(Runner):
         """End the worker threads; the runner is unusable afterwards."""
         if self._engine:
             self._library.paceline_close(self._engine)
-            self._engine = None
+            self._engine = 0
 
     def __del__(self) -> None:
         if getattr(self, "_engine", None):
