@@ -30,7 +30,7 @@ class JointPlanner:
         self._costs, self._quality, self._bank, self._probes, self._margin = costs, quality, bank, probes, margin
         self._running: dict[int, JointDraft] = {}
         self._read: set[str] = set()
-        self._prober = -1
+        self.prober = -1
         """The request whose record tells how a probe went."""
         self.explains = False
 
@@ -44,8 +44,7 @@ class JointPlanner:
             return [_NOTHING] * len(contexts)
         found = self._allocate(shares)
         count = found.best(batch)
-        now_plain = self._costs.plain_now(max(context.context_length for context in contexts), batch)
-        merit = (batch + found.emitted[count]) * now_plain / (batch * found.seconds[count])
+        merit = (batch + found.emitted[count]) * self._costs.change * plain / (batch * found.seconds[count])
         probe = merit <= 1.0 + self._margin + (DOUBLE_PROOF if lane.purse.slack <= 0.0 else 0.0)
         if probe:
             for share in shares:
@@ -56,7 +55,7 @@ class JointPlanner:
                 if merit < CLEARLY_NOT:
                     lane.rest_until = now + REST * batch
                 return [Plan(None, 0, self._why_plain(merit), 1.0, plain)] * len(contexts)
-            self._prober = shares[0].context.request_id
+            self.prober = shares[0].context.request_id
         else:
             self._lend_reading(shares, plain, lane)
         count = self._affordable(found, count, plain)
@@ -79,13 +78,10 @@ class JointPlanner:
         draft.survival *= self._quality.chance(request_id, share.outlook.drafter, confident, features)
         return draft.round.goes_on(draft, position)
 
-    def is_prober(self, request_id: int) -> bool:
-        """Whether the last probe is told by this request's record."""
-        return request_id == self._prober
-
-    def forget(self, request_id: int) -> None:
-        """Its round, or the request, ended."""
-        self._running.pop(request_id, None)
+    def forget(self, request_id: int) -> int:
+        """Its round, or the request, ended. Returns the tokens that its draft had to catch up."""
+        draft = self._running.pop(request_id, None)
+        return draft.share.outlook.catch_up if draft is not None else 0
 
     def _share(self, context: RoundContext, price: float) -> Share | None:
         """The drafter that is worth most to a sequence by itself. price: tokens a second that time is worth."""

@@ -17,6 +17,7 @@ from paceline.control.acceptance import signal_bucket
 from paceline.control.bank import TimeBank
 from paceline.control.base import Controller, RoundContext
 from paceline.control.batches import JointPlanner
+from paceline.control.learning import Learning
 from paceline.control.offers import (
     CALIBRATED,
     CLEARLY_NOT,
@@ -49,8 +50,6 @@ _SUSPECT = 1.5
 """A round that took this many times what was expected may have been interrupted by the machine."""
 _LEAST_ROW = 0.002
 """Least that one more row of a forward costs, in plain steps."""
-_LESSON, _SETTLED = 4, 32
-"""Drafted rounds of which one teaches costs, once that many have: a lesson takes longer than what it tells is worth then."""
 _TOGETHER = 4
 """Finished rounds that are taken in at once: what runs after a forward finds cold caches, so several cost little more than one."""
 _TRIAL = 4
@@ -93,6 +92,7 @@ class Pacer(Controller):
         self._quality = DraftQuality()
         self._bank = TimeBank(options.eps, options.start, options.cap)
         self._probes = ProbeSchedule()
+        self._learning = Learning(self._costs, self._quality, self._bank, self._probes)
         self._joint = JointPlanner(self._costs, self._quality, self._bank, self._probes, options.margin)
         self._lanes: dict[tuple[str, int], Lane] = {}
         self._running: dict[int, RunningDraft] = {}
@@ -105,8 +105,6 @@ class Pacer(Controller):
         """Settled rounds that are yet to be learnt from."""
         self._renewing = False
         """The running round is to tell the price of a plain step."""
-        self._drafted_rounds = 0
-        """Speculative rounds of single sequences."""
         if options.explain:
             self.explain()
 
@@ -136,19 +134,19 @@ class Pacer(Controller):
         able = [o for o in context.outlooks if o.available > 0] if context.max_draft > 0 else []
         if not able:
             return _NOTHING
-        if (unseen := self.plan_unseen(context.task, context.batch_size)) is not None:
-            return unseen
-        # Deciding has a price, too: what clearly did not pay is left alone for some tokens.
-        known = self._lanes.get(_lane_key(context.task, 1))
-        if known is not None:
-            able = [o for o in able if self._tokens >= known.rests.get((o.drafter, o.signal), 0)]
-            if not able:
-                return _RESTING
+        if self._bank.saving_for > 0.0:
+            return _SAVING
         plain = self._costs.plain(context.context_length)
         lane = self._lane(context.task, 1, plain)
+        if lane.arbiter.forbids:
+            return _FORBIDDEN
+        # Deciding has a price, too: what clearly did not pay is left alone for some tokens.
+        able = [o for o in able if self._tokens >= lane.rests.get((o.drafter, o.signal), 0)]
+        if not able:
+            return _RESTING
         if lane.arbiter.wants_plain or self._needs_plain(1):
             return self._renew(plain)
-        now = self._costs.plain_now(context.context_length)
+        now = plain * self._costs.change
         best = self._offer(context, able[0], now)
         others: list[Offer] = []
         for outlook in able[1:]:
@@ -224,12 +222,11 @@ class Pacer(Controller):
         seconds = record.round_seconds or record.verify_seconds + record.draft_seconds
         steps = record.num_emitted / batch
         running = self._running.pop(record.request_id, None)
-        self._joint.forget(record.request_id)
+        lag = running.offer.outlook.catch_up if running is not None else self._joint.forget(record.request_id)
         ceiling = self._ceiling(record, rows)
         charged = min(seconds, ceiling) if record.warmup else seconds
         self._bank.settle(plain, steps, charged / batch, ceiling / batch, 1.0 / batch)
         lane.purse.settle(plain, steps, min(seconds, ceiling) / batch)
-        lag = running.offer.outlook.catch_up if running is not None else 0
         lesson = Lesson(record, lane, plain, rows, seconds, record.verify_seconds, record.num_emitted, 1.0 / batch, lag)
         lesson.times_draft = batch == 1 or record.num_drafted == longest
         self._lessons.append(lesson)
@@ -250,47 +247,7 @@ class Pacer(Controller):
     def _learn(self) -> None:
         """Learn from the rounds that were kept for it."""
         lessons, self._lessons = self._lessons, []
-        for lesson in lessons:
-            record, lane, plain, seconds = lesson.record, lesson.lane, lesson.plain, lesson.seconds
-            batch, speculative = record.batch_size, lesson.lag is not None
-            if record.drafter is not None:
-                self._learn_quality(record, seconds)
-            if record.warmup:
-                continue
-            if self._takes_lesson(batch, speculative):
-                self._learn_costs(lesson)
-                if speculative and self._bank.is_short and self._costs.plain_is_stale:
-                    lane.arbiter.renew()
-            lane.arbiter.observe(plain, lesson.emitted / batch, seconds / batch, speculative, lesson.rounds)
-
-    def _takes_lesson(self, batch: int, speculative: bool) -> bool:
-        """Whether rounds teach costs: all of a batch, all plain ones (taken in several at once), a draft's first ones, then every
-        fourth."""
-        if batch > 1 or not speculative:
-            return True
-        self._drafted_rounds += 1
-        return self._drafted_rounds % _LESSON == 0 or self._drafted_rounds <= _SETTLED
-
-    def _learn_quality(self, record: StepRecord, seconds: float) -> None:
-        assert record.drafter is not None  # the caller asked
-        told = self._quality.learn(record, seconds, self._tokens)
-        alone, key = record.batch_size == 1, (record.task, record.drafter, signal_bucket(record.signal))
-        if not alone:
-            key = ("", record.drafter, -batch_bucket(record.batch_size))
-        if not record.probe:
-            self._probes.pays(key, self._tokens)
-        elif told and (alone or self._joint.is_prober(record.request_id)):
-            self._probes.probed(key, self._tokens, accepted=record.num_accepted > 0)
-
-    def _learn_costs(self, lesson: Lesson) -> None:
-        record, costs = lesson.record, self._costs
-        if lesson.lag is not None:
-            costs.learn_speculative(record, lesson.rows, lesson.seconds, lesson.lag, lesson.times_draft)
-            return
-        batch, context = record.batch_size, record.context_length
-        costs.learn_plain(context, batch, lesson.seconds, lesson.verify_seconds, lesson.rounds)
-        if costs.knows_plain(batch):
-            self._bank.correct_start(costs.plain(context, batch))
+        self._learning.take(lessons, self._tokens, self._joint.prober)
 
     def finish(self, request_id: int) -> None:
         self._take_in()

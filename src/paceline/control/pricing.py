@@ -299,11 +299,12 @@ class LearnedCosts:
         """A whole plain round. Corrected by plain rounds only: the bound of the time bank rests on it."""
         return self.measured(batch, 0, context)[0] * self._plain[self._like(batch)].value
 
-    def plain_now(self, context: int, batch: int = 1) -> float:
-        """As `plain`, on the machine as it is now: other forwards may have shown that it is slower or faster than at the last plain
-        round. For choices, where plain and speculative rounds must be compared under the same load."""
+    @property
+    def change(self) -> float:
+        """By how much the machine is slower now than at the last plain round, as other forwards have shown. For choices: plain and
+        speculative rounds must be compared under the same load."""
         change = self._scales.machine / self._machine_at_plain
-        return self.plain(context, batch) * min(max(change, 0.5), 2.0)
+        return 0.5 if change < 0.5 else 2.0 if change > 2.0 else change
 
     def knows_plain(self, batch: int) -> bool:
         """Whether enough plain rounds were seen to trust their price."""

@@ -6,7 +6,15 @@ import random
 
 import pytest
 
-from paceline.control.acceptance import AcceptanceModel, PositionTable, Shift, WatchedShift, observed_labels, signal_bucket
+from paceline.control.acceptance import (
+    AcceptanceModel,
+    PositionTable,
+    Shift,
+    WatchedShift,
+    observed_labels,
+    signal_bucket,
+    temperature_tag,
+)
 from paceline.records import Plan
 from unit.control.worlds import record
 
@@ -184,3 +192,26 @@ def test_damaged_snapshots_are_refused(change: dict[str, object]) -> None:
     (pool,) = model.snapshot()
     with pytest.raises(ValueError, match="acceptance counts"):
         AcceptanceModel().restore([pool | change])
+
+
+@pytest.mark.parametrize(
+    ("task", "tag"), [("", ""), ("chat", ""), ("@1.0", "@1.0"), ("chat@0.7", "@0.7"), ("me@home", ""), ("me@home@0.7", "@0.7")]
+)
+def test_a_tasks_tag_tells_its_temperature(task: str, tag: str) -> None:
+    assert temperature_tag(task) == tag
+
+
+def test_a_match_is_trusted_less_at_a_high_temperature_and_a_draft_that_draws_is_not() -> None:
+    model = AcceptanceModel()
+    greedy, hot = (model.rates(0, task, "ngram", 4, 1)[0] for task in ("", "@1.0"))
+    assert hot / (1 - hot) == pytest.approx(0.449 * greedy / (1 - greedy), rel=1e-3)
+    assert model.rates(0, "", "model", 0, 2) == model.rates(0, "@1.0", "model", 0, 2)
+
+
+def test_what_was_learnt_at_one_temperature_does_not_move_the_start_at_another() -> None:
+    model = AcceptanceModel()
+    fresh = model.rates(1, "other@1.0", "ngram", 4, 1)
+    for _ in range(50):
+        model.update(0, "", "ngram", 3, (0.0,))
+    assert model.rates(1, "other@1.0", "ngram", 4, 1) == fresh
+    assert model.rates(1, "other", "ngram", 4, 1) < model.rates(1, "", "unseen", 4, 1)

@@ -17,7 +17,8 @@ from paceline.control.pricing import (
     rows_bucket,
     worth_another,
 )
-from unit.control.worlds import MS, linear, table
+from paceline.records import Plan
+from unit.control.worlds import MS, linear, record, table
 
 RATES = [0.85, 0.8, 0.75, 0.7]
 SECONDS = [20.0, 2 + 20.5 + 0.5, 4 + 21 + 0.5, 6 + 21.5 + 0.5, 8 + 26 + 0.5]
@@ -232,3 +233,35 @@ def test_nodes_of_a_tree_share_what_their_level_brings() -> None:
     products = [math.prod(nodes[: k + 1]) for k in range(4)]
     assert products == pytest.approx([0.4, 0.4, 0.2, 0.2])
     assert node_rates([0.8, 0.5], 1.0) == [0.8, 0.5]
+
+
+def draft_of_four(costs: LearnedCosts) -> float:
+    fixed, each = costs.drafting("draft")
+    return fixed + 4 * each
+
+
+def test_plain_and_drafting_are_compared_under_the_load_that_forwards_show() -> None:
+    """Speculative rounds become half as fast: the bank's plain price must not follow; that of choices must, and that of drafts."""
+    costs = LearnedCosts(table(linear(20, 0.8), draft_ms=3))
+    for _ in range(4):
+        costs.learn_plain(100, 1, 20 * MS, 20 * MS)
+    slow = {"num_accepted": 0, "draft_seconds": 24 * MS, "verify_seconds": 2 * 23.2 * MS}
+    for _ in range(40):
+        costs.learn_speculative(record(Plan("draft", 4), **slow), 5, 71 * MS, 0)
+    assert costs.plain(100) == pytest.approx(20 * MS)
+    assert 1.3 < costs.change < 2.0  # a part of it might be a matter of five rows
+    assert draft_of_four(costs) == pytest.approx(24 * MS, rel=0.1)
+    for _ in range(12):
+        costs.learn_plain(100, 1, 20 * MS, 20 * MS, weight=4.0)  # the load is gone, which plain rounds alone show
+    assert costs.change == pytest.approx(1.0, rel=0.1)
+    assert draft_of_four(costs) < 18 * MS
+
+
+def test_a_batch_takes_the_price_of_a_plain_step_from_sizes_like_it() -> None:
+    costs = LearnedCosts(table(linear(20, 0.5)))
+    for _ in range(3):
+        costs.learn_plain(100, 16, 2 * costs.measured(16, 0, 100)[0], 40 * MS)
+    assert costs.knows_plain(9)
+    assert costs.plain(100, 9) == pytest.approx(2 * costs.measured(9, 0, 100)[0])
+    assert not costs.knows_plain(3)
+    assert not costs.knows_plain(1)  # its promise is held by rounds of its own

@@ -78,7 +78,7 @@ def test_a_copy_gives_the_targets_cache_back_as_it_was(name: str) -> None:
 def test_after_any_rounds_the_cache_equals_one_built_afresh(data: st.DataObject) -> None:
     """Several drafters take turns in the cache of one sequence."""
     view = in_cache()
-    names = data.draw(st.lists(st.sampled_from(IN_THE_TARGETS_CACHE), min_size=1, max_size=3, unique=True))
+    names = data.draw(st.lists(st.sampled_from((*IN_THE_TARGETS_CACHE, *COPIES)), min_size=1, max_size=3, unique=True))
     keeps_the_cache_exact(data, view, [make(SETTINGS[name][0], **SETTINGS[name][1]).open(view) for name in names])
 
 

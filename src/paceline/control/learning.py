@@ -1,0 +1,68 @@
+"""What finished rounds teach the pacer: acceptance, what probes found, costs, delivered speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from paceline.control.acceptance import signal_bucket
+from paceline.control.bank import TimeBank
+from paceline.control.offers import Lesson, batch_bucket
+from paceline.control.pricing import LearnedCosts
+from paceline.control.probing import ProbeSchedule
+from paceline.control.quality import DraftQuality
+from paceline.records import StepRecord
+
+_LESSON, _SETTLED = 4, 32
+"""Drafted rounds of which one teaches costs, once that many have: a lesson takes longer than what it tells is worth then."""
+
+
+class Learning:
+    """Takes lessons into the parts that it shares with the pacer."""
+
+    def __init__(self, costs: LearnedCosts, quality: DraftQuality, bank: TimeBank, probes: ProbeSchedule) -> None:
+        self._costs, self._quality, self._bank, self._probes = costs, quality, bank, probes
+        self._drafted_rounds = 0
+        """Speculative rounds of single sequences."""
+
+    def take(self, lessons: Sequence[Lesson], now: int, prober: int) -> None:
+        """Learn from rounds. now: tokens emitted so far; prober: the request whose record tells how a batch's probe went."""
+        for lesson in lessons:
+            record, lane, seconds = lesson.record, lesson.lane, lesson.seconds
+            batch, speculative = record.batch_size, lesson.lag is not None
+            if record.drafter is not None:
+                self._learn_quality(record, record.drafter, seconds, now, prober)
+            if record.warmup:
+                continue
+            if self._teaches_costs(batch, speculative):
+                self._learn_costs(lesson)
+                if speculative and self._bank.is_short and self._costs.plain_is_stale:
+                    lane.arbiter.renew()
+            lane.arbiter.observe(lesson.plain, lesson.emitted / batch, seconds / batch, speculative, lesson.rounds)
+
+    def _teaches_costs(self, batch: int, speculative: bool) -> bool:
+        """Whether rounds teach costs: all of a batch, all plain ones (taken in several at once), a draft's first ones, then every
+        fourth."""
+        if batch > 1 or not speculative:
+            return True
+        self._drafted_rounds += 1
+        return self._drafted_rounds % _LESSON == 0 or self._drafted_rounds <= _SETTLED
+
+    def _learn_quality(self, record: StepRecord, drafter: str, seconds: float, now: int, prober: int) -> None:
+        told = self._quality.learn(record, seconds, now)
+        alone, key = record.batch_size == 1, (record.task, drafter, signal_bucket(record.signal))
+        if not alone:
+            key = ("", drafter, -batch_bucket(record.batch_size))
+        if not record.probe:
+            self._probes.pays(key, now)
+        elif told and (alone or record.request_id == prober):
+            self._probes.probed(key, now, accepted=record.num_accepted > 0)
+
+    def _learn_costs(self, lesson: Lesson) -> None:
+        record, costs = lesson.record, self._costs
+        if lesson.lag is not None:
+            costs.learn_speculative(record, lesson.rows, lesson.seconds, lesson.lag, lesson.times_draft)
+            return
+        batch, context = record.batch_size, record.context_length
+        costs.learn_plain(context, batch, lesson.seconds, lesson.verify_seconds, lesson.rounds)
+        if costs.knows_plain(batch):
+            self._bank.correct_start(costs.plain(context, batch))
