@@ -46,6 +46,11 @@ class TimeBank:
         """Less is left than half of the start."""
         return self.slack < 0.5 * self._start * self._opened_at
 
+    @property
+    def is_ample(self) -> bool:
+        """It could pay several rounds at their worst."""
+        return self.slack >= 4.0 * self._start * self._opened_at
+
     def open(self, plain_seconds: float) -> None:
         """Set the start from the time of a plain step."""
         self.is_open = True

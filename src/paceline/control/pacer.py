@@ -198,8 +198,20 @@ class Pacer(Controller):
             due *= 4
         elif self._renewing or self._bank.is_short or not self._costs.knows_plain(record.batch_size):
             due = record.batch_size
-        if len(self._finished) >= due or (record.batch_size == 1 and is_speculative(record)):
+        if len(self._finished) >= due or (record.batch_size == 1 and is_speculative(record) and self._is_urgent(record)):
             self._take_in()
+
+    def _is_urgent(self, record: StepRecord) -> bool:
+        """Whether a speculative round is charged at once. Else it waits: what was granted to it stays granted until then."""
+        running = self._running.get(record.request_id)
+        lags = running is None or running.offer.outlook.catch_up > 0
+        return (
+            lags
+            or not self._bank.is_ample
+            or record.probe
+            or record.warmup
+            or record.round_seconds > _SUSPECT * record.expected_seconds
+        )
 
     def _take_in(self) -> None:
         """Settle all finished rounds, and learn from them when there is enough to learn."""
