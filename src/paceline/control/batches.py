@@ -8,28 +8,39 @@ from paceline.control.acceptance import signal_bucket
 from paceline.control.bank import TimeBank
 from paceline.control.base import RoundContext
 from paceline.control.joint import Allocation, JointDraft, JointRound, Share, allocate
-from paceline.control.offers import CALIBRATED, CLEARLY_NOT, DOUBLE_PROOF, DUE_CATCH_UP, REST, Lane, batch_bucket, spread_lag
+from paceline.control.offers import (
+    CALIBRATED,
+    CLEARLY_NOT,
+    DOUBLE_PROOF,
+    DUE_CATCH_UP,
+    NOTHING,
+    READING,
+    REST,
+    SAVING,
+    Lane,
+    batch_bucket,
+    spread_lag,
+)
 from paceline.control.pricing import LearnedCosts
 from paceline.control.probing import ProbeSchedule
 from paceline.control.quality import DraftQuality
 from paceline.records import DraftFeatures, Outlook, Plan
 
-_NOTHING = Plan(None, 0, "plain: nothing to draft")
 _SPARED = Plan(None, 0, "plain: others of the batch draft what is likelier")
-_POOR = Plan(None, 0, "plain: bank, earlier losses come first")
 _PROBED = 2
 """Tokens that each sequence drafts in a probe: steps are shared, so all may as well take part."""
-_READING = 24.0
-"""Plain steps that reading its first prompts may cost a drafter, for each sequence."""
 
 
 class JointPlanner:
     """Plans rounds of several sequences. It shares its parts with the pacer that it belongs to."""
 
-    def __init__(self, costs: LearnedCosts, quality: DraftQuality, bank: TimeBank, probes: ProbeSchedule, margin: float) -> None:
-        self._costs, self._quality, self._bank, self._probes, self._margin = costs, quality, bank, probes, margin
+    def __init__(
+        self, costs: LearnedCosts, quality: DraftQuality, bank: TimeBank, probes: ProbeSchedule, read: set[str], margin: float
+    ) -> None:
+        """read: drafters that were lent the time to read a prompt."""
+        self._costs, self._quality, self._bank, self._probes = costs, quality, bank, probes
+        self._read, self._margin = read, margin
         self._running: dict[int, JointDraft] = {}
-        self._read: set[str] = set()
         self.prober = -1
         """The request whose record tells how a probe went."""
         self.explains = False
@@ -41,7 +52,7 @@ class JointPlanner:
         offered = [self._share(context, batch / plain) for context in contexts]
         shares = [share for share in offered if share is not None]
         if not shares:
-            return [_NOTHING] * len(contexts)
+            return [NOTHING] * len(contexts)
         found = self._allocate(shares)
         count = found.best(batch)
         merit = (batch + found.emitted[count]) * self._costs.change * plain / (batch * found.seconds[count])
@@ -61,7 +72,7 @@ class JointPlanner:
         count = self._affordable(found, count, plain)
         if count == 0:
             lane.rest_until = now + REST * batch
-            return [_POOR] * len(contexts)
+            return [SAVING] * len(contexts)
         found.give(count)
         return self._grant(offered, found, count, batch, probe)
 
@@ -132,7 +143,7 @@ class JointPlanner:
             drafter, lag = share.outlook.drafter, share.outlook.catch_up
             catch_up[drafter] = catch_up.get(drafter, 0.0) + self._costs.catch_up(drafter, lag)
         for drafter, seconds in catch_up.items():
-            if 0.0 < seconds <= _READING * plain * len(shares) and drafter not in self._read:
+            if 0.0 < seconds <= READING * plain * len(shares) and drafter not in self._read:
                 self._read.add(drafter)
                 self._bank.lend(seconds)
                 lane.purse.lend(seconds)
@@ -163,7 +174,7 @@ class JointPlanner:
         plans = []
         for share in offered:
             if share is None or share.num_draft == 0:
-                plans.append(_NOTHING if share is None else _SPARED)
+                plans.append(NOTHING if share is None else _SPARED)
                 continue
             drafter, context = share.outlook.drafter, share.context
             confident = self._quality.confidence(drafter, context.task)

@@ -16,7 +16,7 @@ from paceline.control.base import RoundContext
 from paceline.records import Outlook
 
 _LEAST_CHANCE = 0.02
-"""Chance of acceptance under which a token is no candidate."""
+"""Chance of acceptance under which a token is no candidate, unless it is a draft's first one."""
 
 
 @dataclass(slots=True)
@@ -80,7 +80,7 @@ def allocate(shares: Sequence[Share], forwards: Sequence[float], serial: float, 
         chance = 1.0
         for depth, rate in enumerate(share.rates, 1):
             chance *= rate
-            if chance < _LEAST_CHANCE:
+            if chance < _LEAST_CHANCE and depth > 1:
                 break
             candidates.append((-chance, depth, i))
     candidates.sort()

@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 
 from paceline.control.arbiter import Arbiter
 from paceline.control.bank import TimeBank
-from paceline.records import Outlook, StepRecord
+from paceline.records import Outlook, Plan, StepRecord
+
+NOTHING = Plan(None, 0, "plain: nothing to draft")
+SAVING = Plan(None, 0, "plain: bank, earlier losses come first")
+READING = 24.0
+"""Plain steps that reading its first prompt may cost a drafter (of a batch, each prompt); a longer one must be earned first."""
 
 DUE_CATCH_UP, _STAY = 8, 16
 CLEARLY_NOT, REST = 0.97, 8

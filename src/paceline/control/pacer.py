@@ -23,7 +23,10 @@ from paceline.control.offers import (
     CLEARLY_NOT,
     DOUBLE_PROOF,
     DUE_CATCH_UP,
+    NOTHING,
+    READING,
     REST,
+    SAVING,
     Lane,
     Lesson,
     Offer,
@@ -40,11 +43,7 @@ from paceline.costs import CostTable
 from paceline.errors import OptionError
 from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
 
-_NOTHING = Plan(None, 0, "plain: nothing to draft")
-_SAVING = Plan(None, 0, "plain: bank, earlier losses come first")
 _FORBIDDEN = Plan(None, 0, "plain: speculation delivered less lately")
-_READING = 24.0
-"""Plain steps that reading its first prompt may cost a drafter; a longer one must be earned first."""
 _RESTING = Plan(None, 0, "plain: drafting did not pay a moment ago")
 _SUSPECT = 1.5
 """A round that took this many times what was expected may have been interrupted by the machine."""
@@ -93,11 +92,11 @@ class Pacer(Controller):
         self._bank = TimeBank(options.eps, options.start, options.cap)
         self._probes = ProbeSchedule()
         self._learning = Learning(self._costs, self._quality, self._bank, self._probes)
-        self._joint = JointPlanner(self._costs, self._quality, self._bank, self._probes, options.margin)
-        self._lanes: dict[tuple[str, int], Lane] = {}
-        self._running: dict[int, RunningDraft] = {}
         self._read: set[str] = set()
         """Drafters that were lent the time to read a prompt."""
+        self._joint = JointPlanner(self._costs, self._quality, self._bank, self._probes, self._read, options.margin)
+        self._lanes: dict[tuple[str, int], Lane] = {}
+        self._running: dict[int, RunningDraft] = {}
         self._tokens = 0
         self._finished: list[StepRecord] = []
         """Plain rounds that are yet to be settled."""
@@ -110,7 +109,7 @@ class Pacer(Controller):
 
     def plan_unseen(self, task: str, batch_size: int) -> Plan | None:
         if self._bank.saving_for > 0.0:
-            return _SAVING
+            return SAVING
         lane = self._lanes.get(_lane_key(task, batch_size))
         return _FORBIDDEN if lane is not None and lane.arbiter.forbids else None
 
@@ -133,9 +132,9 @@ class Pacer(Controller):
             return self.plan_batch([context])[0]
         able = [o for o in context.outlooks if o.available > 0] if context.max_draft > 0 else []
         if not able:
-            return _NOTHING
+            return NOTHING
         if self._bank.saving_for > 0.0:
-            return _SAVING
+            return SAVING
         plain = self._costs.plain(context.context_length)
         lane = self._lane(context.task, 1, plain)
         if lane.arbiter.forbids:
@@ -204,14 +203,9 @@ class Pacer(Controller):
     def _is_urgent(self, record: StepRecord) -> bool:
         """Whether a speculative round is charged at once. Else it waits: what was granted to it stays granted until then."""
         running = self._running.get(record.request_id)
-        lags = running is None or running.offer.outlook.catch_up > 0
-        return (
-            lags
-            or not self._bank.is_ample
-            or record.probe
-            or record.warmup
-            or record.round_seconds > _SUSPECT * record.expected_seconds
-        )
+        if running is None or running.offer.outlook.catch_up > 0 or not self._bank.is_ample:
+            return True
+        return record.probe or record.warmup or record.round_seconds > _SUSPECT * record.expected_seconds
 
     def _take_in(self) -> None:
         """Settle all finished rounds, and learn from them when there is enough to learn."""
@@ -347,7 +341,7 @@ class Pacer(Controller):
         """What a drafter is worth cannot be known before it has read a prompt: that is lent, once."""
         drafter = offer.outlook.drafter
         catch_up = self._costs.catch_up(drafter, offer.outlook.catch_up)
-        if 0.0 < catch_up <= _READING * plain and drafter not in self._read:
+        if 0.0 < catch_up <= READING * plain and drafter not in self._read:
             self._read.add(drafter)
             self._bank.lend(catch_up)
             lane.purse.lend(catch_up)

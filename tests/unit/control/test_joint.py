@@ -67,6 +67,12 @@ def test_the_worked_example_of_the_notes() -> None:
     assert [one.num_draft for one in shares] == [3, 2]
 
 
+def test_a_hopeless_draft_is_still_a_candidate_with_its_first_token() -> None:
+    """Batches of drafts that were never accepted once ended in an error."""
+    found = allocate([share([0.001, 0.9])], [10.0, 11.0, 12.0], 0.0, 0.0)
+    assert (found.order, found.best(1)) == ([0], 1)
+
+
 @pytest.mark.parametrize(("serial", "host"), [(0.0, 1.0 + 0.5 * 3), (1.0, 2 * 1.0 + 0.5 * 5), (0.5, 0.5 * 2.5 + 0.5 * 4.5)])
 def test_shared_steps_are_paid_once_and_others_by_each(serial: float, host: float) -> None:
     line = (1.0, 0.5)

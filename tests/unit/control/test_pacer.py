@@ -211,6 +211,33 @@ def test_a_batch_of_another_size_uses_what_a_like_one_taught() -> None:
     assert all(plan.num_draft > 0 for plan in controller.plan_batch(batch(7, Outlook("draft", 4, together=True))))
 
 
+@given(
+    drafts=st.lists(st.tuples(st.integers(0, 80), st.integers(0, 100), st.booleans()), min_size=2, max_size=12),
+    max_draft=st.integers(-1, 63),
+    lag=st.integers(0, 5000),
+    accepted=st.integers(0, 5),
+)
+def test_plans_of_a_batch_keep_to_the_limits(
+    drafts: list[tuple[int, int, bool]], max_draft: int, lag: int, accepted: int
+) -> None:
+    controller, number = pacer(), len(drafts)
+    for _ in range(4):
+        contexts = [
+            context(Outlook("d", n, signal, lag, together), request_id=i, batch_size=number, max_draft=max_draft)
+            for i, (n, signal, together) in enumerate(drafts)
+        ]
+        plans = controller.plan_batch(contexts)
+        assert len(plans) == number
+        for plan, one in zip(plans, contexts, strict=True):
+            assert 0 <= plan.num_draft <= max(0, min(max_draft, one.outlooks[0].available))
+            assert (plan.drafter is None) == (plan.num_draft == 0)
+        rows = sum(plan.num_draft + 1 for plan in plans)
+        for i, plan in enumerate(plans):
+            times = {"verify_seconds": 25 * MS, "round_seconds": 40 * MS, "draft_seconds": 10 * MS if plan.num_draft else 0.0}
+            about = {"batch_size": number, "batch_rows": rows, "request_id": i}
+            controller.observe(record(plan, min(accepted, plan.num_draft), **times, **about))
+
+
 def test_batched_rounds_are_charged_once() -> None:
     """Eight records of a hopeless batched round of 25 ms cost what one round of 25 ms costs."""
     costs = CostTable([1, 64], [0], [[20 * MS, 20 * MS]], 0.0, {"ngram": DraftCost()})
