@@ -217,9 +217,7 @@ def test_a_batch_of_another_size_uses_what_a_like_one_taught() -> None:
     lag=st.integers(0, 5000),
     accepted=st.integers(0, 5),
 )
-def test_plans_of_a_batch_keep_to_the_limits(
-    drafts: list[tuple[int, int, bool]], max_draft: int, lag: int, accepted: int
-) -> None:
+def test_plans_of_a_batch_keep_to_the_limits(drafts: list[tuple[int, int, bool]], max_draft: int, lag: int, accepted: int) -> None:
     controller, number = pacer(), len(drafts)
     for _ in range(4):
         contexts = [
