@@ -93,6 +93,11 @@ class PositionTable:
         self.seen = seen
 
 
+def with_odds(rates: Sequence[float], odds: float) -> list[float]:
+    """The rates with their odds multiplied."""
+    return [odds * rate / (1.0 + (odds - 1.0) * rate) for rate in rates]
+
+
 class Shift:
     """By how much something does better or worse than predicted, as a factor on the odds.
 
@@ -125,8 +130,7 @@ class Shift:
 
     def apply(self, rates: list[float]) -> list[float]:
         """The rates with their odds multiplied."""
-        odds = self.odds
-        return [odds * rate / (1.0 + (odds - 1.0) * rate) for rate in rates]
+        return with_odds(rates, self.odds)
 
 
 class WatchedShift(Shift):
@@ -179,8 +183,7 @@ def _prior(bucket: int, tag: str) -> tuple[float, ...]:
     prior = _PRIOR[bucket]
     if bucket == 0 or not tag:
         return prior
-    odds = math.exp(-_COOLING * float(tag[1:]))
-    return tuple(odds * rate / (1.0 + (odds - 1.0) * rate) for rate in prior)
+    return tuple(with_odds(prior, math.exp(-_COOLING * float(tag[1:]))))
 
 
 def _inside(rate: float) -> float:

@@ -9,16 +9,15 @@ from paceline.control.bank import TimeBank
 from paceline.control.base import RoundContext
 from paceline.control.joint import Allocation, JointDraft, JointRound, Share, allocate
 from paceline.control.offers import (
-    CALIBRATED,
     CLEARLY_NOT,
     DOUBLE_PROOF,
     DUE_CATCH_UP,
     NOTHING,
-    READING,
     REST,
     SAVING,
     Lane,
-    batch_bucket,
+    lend_reading,
+    probe_key,
     spread_lag,
 )
 from paceline.control.pricing import LearnedCosts
@@ -114,7 +113,7 @@ class JointPlanner:
             once = costs.catch_up(drafter, spread_lag(lag, context.remaining))
         elif lag:  # goes along with the first shared step
             once = costs.catch_up(drafter, lag) * costs.overlap.share(context.batch_size)
-        return Share(context, outlook, bucket, rates, *costs.drafting(drafter), once)
+        return Share(context, outlook, rates, *costs.drafting(drafter), once)
 
     def _reading(self, share: Share) -> float:
         """Seconds that its draft must read beyond what its round is charged with."""
@@ -134,7 +133,7 @@ class JointPlanner:
             return False
         drafter = share.outlook.drafter
         doubt = self._quality.doubt(share.context.request_id, drafter, share.rates[0], loss / batch + self._margin)
-        return self._probes.due(("", drafter, -batch_bucket(batch)), now, loss, doubt)
+        return self._probes.due(probe_key(drafter, batch), now, loss, doubt)
 
     def _lend_reading(self, shares: Sequence[Share], plain: float, lane: Lane) -> None:
         """What a drafter is worth cannot be known before it has read prompts: those of its first batch are lent."""
@@ -143,21 +142,18 @@ class JointPlanner:
             drafter, lag = share.outlook.drafter, share.outlook.catch_up
             catch_up[drafter] = catch_up.get(drafter, 0.0) + self._costs.catch_up(drafter, lag)
         for drafter, seconds in catch_up.items():
-            if 0.0 < seconds <= READING * plain * len(shares) and drafter not in self._read:
-                self._read.add(drafter)
-                self._bank.lend(seconds)
-                lane.purse.lend(seconds)
+            lend_reading(self._read, drafter, seconds, plain * len(shares), self._bank, lane.purse)
 
     def _affordable(self, found: Allocation, wanted: int, plain: float) -> int:
         """The most tokens, up to the wanted ones, whose worst loss the bank grants; 0 if there are none."""
         costs, rows = self._costs, found.shares[0].context.batch_size
         length = max(share.context.context_length for share in found.shares)
-        measured, learnt = costs.measured(rows, wanted, length), costs.learnt(rows, wanted, length)
+        measured = costs.measured(rows, wanted, length)
         reading = [self._reading(share) for share in found.shares]
         margin, count, worst = 1.0 + 2.0 * costs.deviation, wanted, 0.0
         while count > 0:
             seconds = found.seconds[count]
-            worst = max(margin * seconds, seconds + measured[count] - learnt[count]) - plain
+            worst = max(margin * seconds, seconds + measured[count] - found.forwards[count]) - plain
             worst += sum(reading[i] for i in set(found.order[:count]))
             if self._bank.grant(max(0.0, worst)):
                 return count
@@ -168,8 +164,7 @@ class JointPlanner:
     def _grant(self, offered: Sequence[Share | None], found: Allocation, count: int, batch: int, probe: bool) -> list[Plan]:
         """Write the plans, and keep what the stop rule needs."""
         seconds = found.seconds[count]
-        forwards = self._costs.learnt(batch, count, max(share.context.context_length for share in found.shares))
-        row = max(0.0, forwards[count] - forwards[0]) / count
+        row = max(0.0, found.forwards[count] - found.forwards[0]) / count
         joint = JointRound((batch + found.emitted[count]) / seconds, row, self._costs.overlap.serial)
         plans = []
         for share in offered:
@@ -177,8 +172,7 @@ class JointPlanner:
                 plans.append(NOTHING if share is None else _SPARED)
                 continue
             drafter, context = share.outlook.drafter, share.context
-            confident = self._quality.confidence(drafter, context.task)
-            stops = confident is not None and confident.asks and confident.model.labels >= CALIBRATED and not probe
+            stops = not probe and self._quality.ends_drafts(drafter, context.task)
             self._running[context.request_id] = joint.join(share, stops=stops)
             wanted = len(share.rates) if stops and share.num_draft > 1 else share.num_draft
             plans.append(Plan(drafter, wanted, self._why_draft(share, probe), share.emitted, seconds, probe))

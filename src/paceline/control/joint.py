@@ -25,8 +25,6 @@ class Share:
 
     context: RoundContext
     outlook: Outlook
-    bucket: int
-    """Of the outlook's signal."""
     rates: list[float]
     """Chances of the draft's tokens, each given that those before it are accepted."""
     fixed: float
@@ -45,6 +43,8 @@ class Allocation:
     """Rounds with 0, 1, 2, ... drafted tokens in all, in the order of their chances."""
 
     shares: Sequence[Share]
+    forwards: Sequence[float]
+    """As in `allocate`."""
     order: list[int]
     """The share that each token belongs to."""
     seconds: list[float]
@@ -85,7 +85,7 @@ def allocate(shares: Sequence[Share], forwards: Sequence[float], serial: float, 
             candidates.append((-chance, depth, i))
     candidates.sort()
     deepest: dict[str, int] = {}
-    found = Allocation(shares, [], [forwards[0]], [0.0])
+    found = Allocation(shares, forwards, [], [forwards[0]], [0.0])
     host = emitted = 0.0
     for taken, (negative, depth, i) in enumerate(candidates, 1):
         share = shares[i]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from paceline.control.acceptance import signal_bucket
 from paceline.control.bank import TimeBank
-from paceline.control.offers import Lesson, batch_bucket
+from paceline.control.offers import Lesson, probe_key
 from paceline.control.pricing import LearnedCosts
 from paceline.control.probing import ProbeSchedule
 from paceline.control.quality import DraftQuality
@@ -51,7 +51,7 @@ class Learning:
         told = self._quality.learn(record, seconds, now)
         alone, key = record.batch_size == 1, (record.task, drafter, signal_bucket(record.signal))
         if not alone:
-            key = ("", drafter, -batch_bucket(record.batch_size))
+            key = probe_key(drafter, record.batch_size)
         if not record.probe:
             self._probes.pays(key, now)
         elif told and (alone or record.request_id == prober):

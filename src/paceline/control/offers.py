@@ -11,14 +11,12 @@ from paceline.records import Outlook, Plan, StepRecord
 
 NOTHING = Plan(None, 0, "plain: nothing to draft")
 SAVING = Plan(None, 0, "plain: bank, earlier losses come first")
-READING = 24.0
+_READING = 24.0
 """Plain steps that reading its first prompt may cost a drafter (of a batch, each prompt); a longer one must be earned first."""
 
 DUE_CATCH_UP, _STAY = 8, 16
 CLEARLY_NOT, REST = 0.97, 8
 """Speed under which an offer is clearly not worth it, and tokens for which it is then not priced again."""
-CALIBRATED = 16
-"""Labels from which on a drafter's confidence may end its drafts."""
 DOUBLE_PROOF = 0.1
 """What drafting must promise above the margin while its purse is empty."""
 
@@ -109,6 +107,22 @@ def alike(records: Sequence[StepRecord]) -> Iterator[list[StepRecord]]:
 
 def _same_kind(one: StepRecord, other: StepRecord) -> bool:
     return one.batch_size == other.batch_size and one.task == other.task and one.warmup == other.warmup
+
+
+def lend_reading(read: set[str], drafter: str, seconds: float, plain: float, *banks: TimeBank) -> None:
+    """What a drafter is worth cannot be known before it has read: its first reading is lent, and noted in `read`.
+
+    plain: seconds of a plain step, or of one for each prompt that is read.
+    """
+    if 0.0 < seconds <= _READING * plain and drafter not in read:
+        read.add(drafter)
+        for bank in banks:
+            bank.lend(seconds)
+
+
+def probe_key(drafter: str, batch: int) -> tuple[str, str, int]:
+    """By which probes of a batch are counted; those of single sequences by task, drafter and evidence."""
+    return "", drafter, -batch_bucket(batch)
 
 
 def batch_bucket(batch: int) -> int:

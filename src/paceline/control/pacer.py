@@ -19,12 +19,10 @@ from paceline.control.base import Controller, RoundContext
 from paceline.control.batches import JointPlanner
 from paceline.control.learning import Learning
 from paceline.control.offers import (
-    CALIBRATED,
     CLEARLY_NOT,
     DOUBLE_PROOF,
     DUE_CATCH_UP,
     NOTHING,
-    READING,
     REST,
     SAVING,
     Lane,
@@ -34,6 +32,7 @@ from paceline.control.offers import (
     alike,
     batch_bucket,
     is_speculative,
+    lend_reading,
     spread_lag,
 )
 from paceline.control.pricing import LearnedCosts, best_ratio, round_seconds, worth_another
@@ -233,9 +232,9 @@ class Pacer(Controller):
         charged = min(seconds, ceiling) if record.warmup else seconds
         self._bank.settle(plain, steps, charged / batch, ceiling / batch, 1.0 / batch)
         lane.purse.settle(plain, steps, min(seconds, ceiling) / batch)
-        lesson = Lesson(record, lane, plain, rows, seconds, record.verify_seconds, record.num_emitted, 1.0 / batch, lag)
-        lesson.times_draft = batch == 1 or record.num_drafted == longest
-        self._lessons.append(lesson)
+        times_draft = batch == 1 or record.num_drafted == longest
+        verify, emitted = record.verify_seconds, record.num_emitted
+        self._lessons.append(Lesson(record, lane, plain, rows, seconds, verify, emitted, 1.0 / batch, lag, times_draft))
 
     def _settle_plain(self, records: Sequence[StepRecord]) -> None:
         """As `_settle`, of plain rounds alike. Looking for drafts and deciding against them is speculation's own cost."""
@@ -319,9 +318,9 @@ class Pacer(Controller):
     def _grant(self, context: RoundContext, offer: Offer, plain: float, lane: Lane, wanted: int, *, probe: bool) -> Plan:
         """Let the bank shorten or refuse the draft, and write the plan."""
         drafter = offer.outlook.drafter
-        confident = self._quality.confidence(drafter, context.task)
-        stops = confident is not None and confident.asks and confident.model.labels >= CALIBRATED and not probe
-        self._lend_reading(offer, plain, lane)
+        stops = not probe and self._quality.ends_drafts(drafter, context.task)
+        reading = self._costs.catch_up(drafter, offer.outlook.catch_up)
+        lend_reading(self._read, drafter, reading, plain, self._bank, lane.purse)
         num_draft = self._affordable(context, offer, plain, len(offer.rates) if stops else wanted)
         if num_draft == 0:
             lane.rests[(drafter, offer.outlook.signal)] = self._tokens + REST
@@ -336,15 +335,6 @@ class Pacer(Controller):
         self._running[context.request_id] = RunningDraft(offer, price, context.task)
         seconds = offer.seconds[expected]
         return Plan(drafter, num_draft, self._why_draft(num_draft, emitted, seconds / plain, probe), emitted, seconds, probe)
-
-    def _lend_reading(self, offer: Offer, plain: float, lane: Lane) -> None:
-        """What a drafter is worth cannot be known before it has read a prompt: that is lent, once."""
-        drafter = offer.outlook.drafter
-        catch_up = self._costs.catch_up(drafter, offer.outlook.catch_up)
-        if 0.0 < catch_up <= READING * plain and drafter not in self._read:
-            self._read.add(drafter)
-            self._bank.lend(catch_up)
-            lane.purse.lend(catch_up)
 
     def _affordable(self, context: RoundContext, offer: Offer, plain: float, wanted: int) -> int:
         """The longest draft, up to the wanted one, whose worst loss the bank grants; 0 if there is none."""

@@ -10,6 +10,8 @@ from paceline.control.confidence import Calibrated
 from paceline.control.pricing import node_rates
 from paceline.records import DraftFeatures, StepRecord
 
+_CALIBRATED = 16
+"""Labels from which on a drafter's confidence may end its drafts."""
 _FADING, _WEIGHT = 0.96, 6.0
 """Of a request's own shift: fading for each label, and labels that the calibration counts for."""
 
@@ -38,6 +40,11 @@ class DraftQuality:
     def confidence(self, drafter: str, task: str) -> Calibrated | None:
         """What is known of a drafter that states how sure it is, at the task's temperature; None of another one."""
         return self._confident.get(drafter + temperature_tag(task))
+
+    def ends_drafts(self, drafter: str, task: str) -> bool:
+        """Whether its confidence is known well enough to end its drafts, and it asks."""
+        confident = self.confidence(drafter, task)
+        return confident is not None and confident.asks and confident.model.labels >= _CALIBRATED
 
     def states_confidence(self, drafter: str, task: str) -> Calibrated:
         """As `confidence`, of a drafter that does so from now on."""

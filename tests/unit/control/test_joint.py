@@ -19,7 +19,7 @@ def share(
     rates: list[float], drafter: str = "draft", line: tuple[float, float] = (0.0, 0.0), once: float = 0.0, request: int = 0
 ) -> Share:
     outlook = Outlook(drafter, len(rates))
-    return Share(RoundContext(request, 100, 8, (outlook,)), outlook, 0, rates, *line, once)
+    return Share(RoundContext(request, 100, 8, (outlook,)), outlook, rates, *line, once)
 
 
 def expected(rates: list[float], count: int) -> float:

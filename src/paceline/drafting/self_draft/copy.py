@@ -8,6 +8,7 @@ is felt in the drafted tokens only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -81,8 +82,7 @@ class CopySession(SelfSession):
         return self._view.sequence
 
     def outlook(self, max_tokens: int) -> Outlook:
-        one = super().outlook(max_tokens)
-        return Outlook(one.drafter, one.available, together=True)
+        return replace(super().outlook(max_tokens), together=True)
 
     def _logits(self, cache: SequenceHandle, token: int) -> torch.Tensor:
         return self._copy.feed([(cache, token)])[0]
