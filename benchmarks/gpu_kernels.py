@@ -224,7 +224,7 @@ def host_gap(runner: CudaRunner, sequence: Any, context: int, graph_ms: float, c
         runner.truncate(sequence, context)
         torch.cuda.synchronize()
         start = time.perf_counter()
-        runner.decode_ahead([Decoding(sequence, [5], count, lambda _: True)])
+        runner.decode_ahead([Decoding(sequence, [5], count, lambda _: True)])[0].settled()
         bursts.append(1e3 * (time.perf_counter() - start) / count)
     runner.truncate(sequence, context)
     step, burst = statistics.median(times), statistics.median(bursts)

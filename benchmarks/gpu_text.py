@@ -126,7 +126,7 @@ def draft_cost(runner: CudaRunner, tokens: int = 8, fed: int = 256) -> DraftCost
         torch.cuda.synchronize()
         feeding.append((time.perf_counter() - start) / fed)
         start = time.perf_counter()
-        runner.decode_ahead([Decoding(sequence, [5], tokens, lambda _: True)])
+        runner.decode_ahead([Decoding(sequence, [5], tokens, lambda _: True)])[0].settled()
         drafting.append((time.perf_counter() - start) / tokens)
     runner.close(sequence)
     return DraftCost(per_token=statistics.median(drafting), per_catch_up=statistics.median(feeding))

@@ -194,14 +194,17 @@ class Engine:
         started, prepared = perf_counter() - self._learning, self._warmup_seconds()
         steps, rows = self._draft(requests, controller)
 
-        forward_started = perf_counter()
-        segments = [r.segment(s.draft) for r, s in zip(requests, steps, strict=True)]
         taps = next((request.taps for request in requests if request.taps), ())
+        drafted = perf_counter()
+        if taps or not self.runner.takes_late:
+            drafted = _settle(steps, drafted)
+        segments = [r.segment(s.draft) for r, s in zip(requests, steps, strict=True)]
         output = self.runner.forward_tapped(segments, taps) if taps else self.runner.forward(segments)
-        verify_seconds = perf_counter() - forward_started
+        verified = perf_counter()
+        verify_seconds = verified - _settle(steps, drafted)
 
         first, outcomes = 0, []
-        for request, step in zip(requests, steps, strict=True):
+        for request, step, segment in zip(requests, steps, segments, strict=True):
             rows_of = slice(first, first + len(step.draft) + 1)
             logits, best = output.logits[rows_of], output.best[rows_of] if output.best is not None else None
             drawn = output.drawn[rows_of] if output.drawn is not None else None
@@ -209,7 +212,7 @@ class Engine:
             hidden = output.taps[rows_of] if output.taps is not None else None
             text, kept = request.commit(step, verdict, self.runner, logits, hidden)
             outcomes.append((verdict, text, kept))
-            first += len(step.draft) + 1
+            first += len(segment.tokens)
 
         ended = perf_counter()
         batch = (len(requests), rows, sum(kept for _, _, kept in outcomes))
@@ -233,10 +236,11 @@ class Engine:
         self._learning = perf_counter() - started
 
     def _draft(self, requests: Sequence[Request], controller: Controller) -> tuple[list[Round], int]:
-        """Plans and drafts of a round, and the rows of its forward. Drafters that can draft for all sequences at once do so."""
+        """Plans and drafts of a round, and the rows of its forward. Drafters that can draft for all sequences at once do so, and
+        may leave last tokens late."""
         steps = self._plan(requests, controller)
         waiting: dict[str, list[tuple[Round, DraftJob]]] = {}
-        together = {d.name: d for d in self.drafters if d.drafts_together} if len(requests) > 1 else {}
+        together = {d.name: d for d in self.drafters if d.drafts_together}
         for request, step in zip(requests, steps, strict=True):
             job, name = request.job(step, controller), step.plan.drafter or ""
             if job is not None and name in together:
@@ -349,6 +353,16 @@ class Engine:
             )
         check_token_ids(params, info.vocab_size)
         return ids
+
+
+def _settle(steps: Sequence[Round], drafted: float) -> float:
+    """Wait for late tokens; returns when the last of them was there. drafted: when the drafts were, but for them."""
+    late = {step.plan.drafter for step in steps if step.draft.late is not None}
+    ended = max([drafted, *(step.settle() for step in steps)])
+    for step in steps:
+        if step.plan.drafter in late:
+            step.draft_seconds += ended - drafted
+    return ended
 
 
 def _fold(events: Iterator[StreamEvent]) -> GenerationResult:

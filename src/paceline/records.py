@@ -7,7 +7,8 @@ token a round, *recovered* (it replaces a rejected one) or *bonus* (everything w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -69,6 +70,37 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodedToken:
+    """A token that a runner decoded ahead of the host, with evidence of its own distribution at temperature 1."""
+
+    token: int
+    """-1 where logits were not finite."""
+    largest: float
+    """Largest probability."""
+    entropy: float
+    """Nats."""
+    margin: float
+    """Largest less second-largest probability."""
+    chance: float
+    """Probability that this token had where it was drawn; the largest one when greedy."""
+
+
+class LateToken(ABC):
+    """A token that a device still decodes while the host goes on: whoever needs it waits, and forwards on that device need not."""
+
+    known_at: float = 0.0
+    """`perf_counter` at the end of the first wait."""
+
+    @abstractmethod
+    def wait(self) -> DecodedToken:
+        """The token, once it is there."""
+
+
+UNKNOWN = -1
+"""Stands for a late token."""
+
+
+@dataclass(frozen=True, slots=True)
 class Draft:
     """A proposal: a chain, or a tree with parents before children."""
 
@@ -84,9 +116,20 @@ class Draft:
     """True when tokens were drawn with the target's own random numbers and their distributions were not kept: for `match` alone."""
     without_replacement: bool = False
     """True when siblings were drawn from `draft_probs` without replacement."""
+    late: LateToken | None = None
+    """The last token of a chain where it is still being decoded: `tokens` ends with UNKNOWN, and `confidences` lack it."""
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def settled(self) -> Draft:
+        """The draft with its late token, for which this waits; without it where it came to nothing."""
+        if self.late is None:
+            return self
+        last, known = self.late.wait(), self.tokens[:-1]
+        if last.token < 0:
+            return replace(self, tokens=known, late=None)
+        return replace(self, tokens=(*known, last.token), confidences=(*self.confidences, last.largest), late=None)
 
     @property
     def num_levels(self) -> int:
@@ -210,6 +253,11 @@ class Round:
     draft: Draft = NO_DRAFT
     control_seconds: float = 0.0
     draft_seconds: float = 0.0
+
+    def settle(self) -> float:
+        """Wait for the draft's late token; returns when it was there, 0 if there is none."""
+        late, self.draft = self.draft.late, self.draft.settled()
+        return late.known_at if late is not None else 0.0
 
     def record(
         self,

@@ -139,7 +139,7 @@ class Request:
         """The pending token and the draft behind it, as one run of new tokens."""
         tokens = (self.tokens[-1], *draft.tokens)
         parents = None if draft.parents is None else (-1, *(parent + 1 for parent in draft.parents))
-        return Segment(self.sequence, tokens, parents, draws=self._draws(draft) if self._draws_rows else None)
+        return Segment(self.sequence, tokens, parents, draws=self._draws(draft) if self._draws_rows else None, late=draft.late)
 
     def _draws(self, draft: Draft) -> Draws:
         """A draw from each row, with the number of the row's own position."""

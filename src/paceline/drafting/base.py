@@ -90,7 +90,10 @@ class DraftSession(ABC):
 
     @abstractmethod
     def propose(self, num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
-        """Propose up to `num_tokens` after the pending token; call `keep_drafting` after each drawn token where that is known."""
+        """Propose up to `num_tokens` after the pending token; call `keep_drafting` after each drawn token where that is known.
+
+        No token is late.
+        """
 
     def observe(self, verdict: Verdict | None, target_logits: torch.Tensor | None) -> None:
         """A round was committed: `view.tokens` already holds the emitted tokens.
@@ -204,7 +207,7 @@ class Drafter(ABC):
         """Begin to follow a sequence."""
 
     def propose_together(self, jobs: Sequence[DraftJob]) -> list[Draft]:
-        """Drafts of several sequences; each is a draft that its session could have proposed alone."""
+        """Drafts of one sequence or several; each is a draft that its session could have proposed alone, but for late tokens."""
         return [job.session.propose(job.num_tokens, job.keep_drafting) for job in jobs]
 
     def open_reviewer(self, view: SequenceView) -> Reviewer:

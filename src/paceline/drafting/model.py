@@ -31,8 +31,8 @@ from paceline.drafting.options import number, whole
 from paceline.drafting.temperature import DraftTemperature, check_draft_temperature
 from paceline.drafting.tree_search import Children, Growth, expand_and_rerank, opt_tree
 from paceline.errors import OptionError, ResourceError
-from paceline.execution.base import DecodedToken, Decoding, Segment, prefill
-from paceline.records import Draft, DraftFeatures, Outlook, Verdict
+from paceline.execution.base import Decoded, Decoding, Segment, prefill
+from paceline.records import UNKNOWN, DecodedToken, Draft, DraftFeatures, Outlook, Verdict
 
 if TYPE_CHECKING:
     from paceline.execution.base import Runner, SequenceHandle
@@ -118,7 +118,7 @@ class ModelDrafter(Drafter):
             decoded = self.runner.decode_ahead([s.begin_ahead(j.num_tokens, j.keep_drafting) for s, j in joined])
         except ResourceError:  # memory is short: whoever finds none goes on without a draft
             return super().propose_together(jobs)
-        return [session.end_ahead(tokens) for (session, _), tokens in zip(joined, decoded, strict=True)]
+        return [session.end_ahead(found) for (session, _), found in zip(joined, decoded, strict=True)]
 
     def memory_bytes(self) -> int:
         return self.runner.info.weight_bytes
@@ -197,7 +197,7 @@ class ModelSession(DraftSession):
     def _draft(self, num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
         if self._ahead:
             (decoded,) = self._runner.decode_ahead([self.begin_ahead(num_tokens, keep_drafting)])
-            return self.end_ahead(decoded)
+            return self.end_ahead(decoded).settled()
         feed = self._catch_up()
         chosen = self._chooser.begin()
         while True:
@@ -238,14 +238,16 @@ class ModelSession(DraftSession):
         law, numbers = self._chooser.ahead(num_tokens)
         return Decoding(self._cache, self._catch_up(), num_tokens, keep_on, law, numbers)
 
-    def end_ahead(self, decoded: Sequence[DecodedToken]) -> Draft:
-        """The draft that was decoded."""
-        ends = self._view.end_ids
-        self._drafted = [d.token for d in decoded[:-1]]  # what was fed
-        end = next((i for i, d in enumerate(decoded, 1) if d.token in ends), len(decoded))
-        tokens, confidences = tuple(d.token for d in decoded[:end]), tuple(d.largest for d in decoded[:end])
-        drawn = not self._chooser.greedy
-        return Draft(tokens, confidences=confidences, drafter=self._drafter.name, coupled=drawn)
+    def end_ahead(self, decoded: Decoded) -> Draft:
+        """The draft that was decoded. Its last token may be late, unless the text ends before it."""
+        known, late, ends = decoded.tokens, decoded.late, self._view.end_ids
+        self._drafted = [d.token for d in known[: len(known) - (late is None)]]  # what was fed
+        end = next((i for i, d in enumerate(known, 1) if d.token in ends), None)
+        if end is not None:
+            known, late = known[:end], None
+        tokens = (*(d.token for d in known), *([UNKNOWN] if late is not None else ()))
+        confidences, drawn = tuple(d.largest for d in known), not self._chooser.greedy
+        return Draft(tokens, confidences=confidences, drafter=self._drafter.name, coupled=drawn, late=late)
 
     def _catch_up(self) -> list[int]:
         """Feed what the cache lacks but for a last piece, which ends with the pending token and is returned."""

@@ -15,6 +15,7 @@ import torch
 
 from paceline.errors import OptionError
 from paceline.execution.draws import DrawLaw, Draws
+from paceline.records import DecodedToken, LateToken
 
 MATRICES = ("qkv", "o", "gate_up", "down")
 """The matrices of a layer, where one speaks of them by number."""
@@ -44,6 +45,9 @@ class Segment:
     """Logits of this many last rows; None for all, 0 for none (prompt chunks)."""
     draws: Draws | None = None
     """A token to draw from each row, for runners with `draws_rows`; others leave it to the caller."""
+    late: LateToken | None = None
+    """The last token, where it is not known yet and UNKNOWN stands in `tokens`; for runners with `takes_late`. Where it comes to
+    nothing, its row means nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,21 +91,6 @@ class RunnerInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodedToken:
-    """A token of `Runner.decode_ahead`, with evidence of its own distribution at temperature 1."""
-
-    token: int
-    largest: float
-    """Largest probability."""
-    entropy: float
-    """Nats."""
-    margin: float
-    """Largest less second-largest probability."""
-    chance: float
-    """Probability that this token had where it was drawn; the largest one when greedy."""
-
-
-@dataclass(frozen=True, slots=True)
 class Decoding:
     """What `Runner.decode_ahead` is to do for one sequence."""
 
@@ -111,11 +100,25 @@ class Decoding:
     most: int
     """Tokens to decode at most."""
     keep_on: Callable[[DecodedToken], bool]
-    """Asked after each token: shall another one follow?"""
+    """Asked after each token that another one may follow: shall one?"""
     law: DrawLaw | None = None
     """None: greedy."""
     numbers: Sequence[int] = ()
     """With a law: a random number for each token, as in `Draws`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What `Runner.decode_ahead` decoded for one sequence."""
+
+    tokens: list[DecodedToken]
+    late: LateToken | None = None
+    """One more, which is under way."""
+
+    def settled(self) -> list[DecodedToken]:
+        """All tokens; waits for the late one, which is left out where it came to nothing."""
+        last = [self.late.wait()] if self.late is not None else []
+        return self.tokens + [token for token in last if token.token >= 0]
 
 
 class Runner(ABC):
@@ -161,12 +164,13 @@ class Runner(ABC):
     decodes_ahead: bool = False
     """Whether `decode_ahead` is there."""
 
-    def decode_ahead(self, jobs: Sequence[Decoding]) -> list[list[DecodedToken]]:
+    def decode_ahead(self, jobs: Sequence[Decoding]) -> list[Decoded]:
         """Feed tokens to each sequence, then decode until its `keep_on` says no or there are `most`; never waits for the answer.
 
         All sequences share their steps. A token that was under way when the answer was no comes along, since its time is spent:
-        whether it does depends on nothing that is known of it. Commits `feed` and the decoded tokens but the last one. Raises
-        OptionError, ResourceError; NotImplementedError unless `decodes_ahead`.
+        whether it does depends on nothing that is known of it. Nor does the host wait for it: it may be late. The next call waits
+        for tokens that are late still. Commits what was fed: `feed` and the decoded tokens but the last one. Raises OptionError,
+        ResourceError; NotImplementedError unless `decodes_ahead`.
         """
         raise NotImplementedError(f"the {self.info.backend} backend decodes token by token")
 
@@ -175,6 +179,9 @@ class Runner(ABC):
 
     draws_rows: bool = False
     """Whether `forward` draws tokens (`Segment.draws`)."""
+
+    takes_late: bool = False
+    """Whether `forward` takes late tokens (`Segment.late`), of whatever runner: it waits for those that it cannot fetch."""
 
     has_taps: bool = False
     """Whether `forward_tapped` is there."""
@@ -268,6 +275,18 @@ class Runner(ABC):
     @abstractmethod
     def close(self, sequence: SequenceHandle) -> None:
         """Give the sequence's memory back."""
+
+
+def known(segment: Segment) -> Segment:
+    """The segment with its late token, for which this waits; with any token where that came to nothing."""
+    if segment.late is None:
+        return segment
+    return with_last(segment, max(segment.late.wait().token, 0))
+
+
+def with_last(segment: Segment, token: int) -> Segment:
+    """The segment with this token in the place of the late one."""
+    return Segment(segment.sequence, (*segment.tokens[:-1], token), segment.parents, segment.num_logits, segment.draws)
 
 
 def check_gather(rows: torch.Tensor, length: int, heads: tuple[int, int]) -> torch.Tensor:

@@ -133,10 +133,11 @@ def test_decoding_ahead_equals_single_forwards(feed: list[int]) -> None:
     for stop, most in ((9, 9), (3, 9), (1, 1)):  # the second one with a token under way
         answers = iter([True] * (stop - 1) + [False])
         (got,) = run.decode_ahead([Decoding(ahead, feed, most, lambda _, answers=answers: next(answers))])
-        _, read = reference_steps(run, [Decoding(alone, feed, most, lambda _: True)], [feed])
+        read = reference_steps(run, [Decoding(alone, feed, most, lambda _: True)], [feed]).read
         want = [read()[0] for _ in range(min(stop + 1, most))]
-        assert [token.token for token in got] == [token.token for token in want]
-        for ours, theirs in zip(got, want, strict=True):
+        assert got.late is not None
+        assert [token.token for token in got.settled()] == [token.token for token in want]
+        for ours, theirs in zip(got.settled(), want, strict=True):
             assert (ours.largest, ours.entropy, ours.margin) == pytest.approx(
                 (theirs.largest, theirs.entropy, theirs.margin), rel=1e-3, abs=1e-4
             )
@@ -199,9 +200,9 @@ def test_sequences_that_decode_ahead_together_get_what_each_gets_alone(law: Draw
         jobs.append(Decoding(sequences[0], feed, most, lambda token: token.token % 5 != 0, law, numbers))
         alone.append(Decoding(sequences[1], feed, most, lambda token: token.token % 5 != 0, law, numbers))
     got = run.decode_ahead(jobs)
-    for job, single, tokens in zip(jobs, alone, got, strict=True):
+    for job, single, found in zip(jobs, alone, got, strict=True):
         (want,) = run.decode_ahead([single])
-        assert tokens == want
+        assert found.settled() == want.settled()
         assert job.sequence.length == single.sequence.length
         assert torch.equal(
             run.forward([Segment(job.sequence, [3])]).logits.clone(), run.forward([Segment(single.sequence, [3])]).logits
@@ -219,10 +220,10 @@ def test_drawn_steps_are_those_of_single_forwards() -> None:
         numbers = [CounterRandom(turn).bits(k, Purpose.TARGET) for k in range(9)]
         law = DrawLaw(1.0, top_p=0.9)
         (got,) = run.decode_ahead([Decoding(ahead, [5, 6], 9, lambda _: True, law, numbers)])
-        _, read = reference_steps(run, [Decoding(alone, [5, 6], 9, lambda _: True, law, numbers)], [[5, 6]])
+        read = reference_steps(run, [Decoding(alone, [5, 6], 9, lambda _: True, law, numbers)], [[5, 6]]).read
         want = [read()[0] for _ in range(9)]
-        assert [token.token for token in got] == [token.token for token in want]
-        assert [token.chance for token in got] == pytest.approx([token.chance for token in want], rel=1e-4)
+        assert [token.token for token in got.settled()] == [token.token for token in want]
+        assert [token.chance for token in got.settled()] == pytest.approx([token.chance for token in want], rel=1e-4)
         for sequence in (ahead, alone):
             run.truncate(sequence, len(prefix))
 

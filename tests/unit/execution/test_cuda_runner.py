@@ -9,11 +9,11 @@ from paceline.config import RunnerConfig, SamplingParams
 from paceline.drafting.base import DraftJob, SequenceView
 from paceline.drafting.model import ModelDrafter
 from paceline.errors import ModelError, OptionError, ResourceError
-from paceline.execution.base import DecodedToken, Decoding, Segment, prefill
+from paceline.execution.base import Decoding, Segment, prefill
 from paceline.execution.cuda import memory
 from paceline.execution.cuda.runner import CudaRunner
 from paceline.execution.draws import DrawLaw
-from paceline.records import DraftFeatures
+from paceline.records import DecodedToken, DraftFeatures
 from paceline.sampling import CounterRandom, Purpose
 from unit.execution.cuda_toys import MODELS, commit, error, logits_after, runner
 from unit.execution.toy_sources import ToySource, random_tokens, stock_logits
@@ -68,7 +68,8 @@ def test_decoding_ahead_is_greedy_and_commits_what_was_fed(feed: list[int]) -> N
     text = [*prefix, *feed]
     (decoded,) = run.decode_ahead([Decoding(sequence, feed, 4, lambda _: True)])
     assert sequence.length == len(text) + 3
-    for token in decoded:
+    assert decoded.late is not None
+    for token in decoded.settled():
         probs = logits_after(run, text[:-1], text[-1:])[0].softmax(-1)
         assert token.token == int(probs.argmax())
         assert token.largest == pytest.approx(float(probs.max()), rel=1e-2)
@@ -87,9 +88,9 @@ def test_a_stop_brings_along_the_token_that_was_under_way(stop: int, count: int)
         asked.append(token.token)
         return len(asked) < stop
 
-    decoded = [token.token for token in run.decode_ahead([Decoding(sequence, [5], 4, keep_on)])[0]]
+    decoded = [token.token for token in run.decode_ahead([Decoding(sequence, [5], 4, keep_on)])[0].settled()]
     assert len(decoded) == count
-    assert asked == decoded[:stop]
+    assert asked == decoded[: min(stop, 3)]  # nothing can follow the fourth
     assert sequence.length == len(prefix) + count
     got = run.forward([Segment(sequence, decoded[-1:])]).logits
     assert torch.allclose(got, logits_after(run, [*prefix, 5, *decoded[:-1]], decoded[-1:]), atol=1e-3)
@@ -127,8 +128,8 @@ def test_sequences_decode_ahead_together_as_each_does_alone() -> None:
         drawn = law if i else None
         jobs.append([Decoding(sequence, feed, most, lambda t: t.token % 3 != 0, drawn, numbers if i else ()) for sequence in pair])
     together = run.decode_ahead([job for job, _ in jobs])
-    for tokens, (job, single) in zip(together, jobs, strict=True):
-        alone = run.decode_ahead([single])[0]
+    for found, (job, single) in zip(together, jobs, strict=True):
+        tokens, alone = found.settled(), run.decode_ahead([single])[0].settled()
         assert [t.token for t in tokens] == [t.token for t in alone]
         assert 1 <= len(tokens) <= job.most
         assert job.sequence.length == single.sequence.length

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 
 from paceline.config import SamplingParams, SpeculationConfig
@@ -12,12 +10,9 @@ from paceline.costs import CostTable
 from paceline.drafting.model import ModelDrafter
 from paceline.drafting.ngram import NgramDrafter
 from paceline.engine import Engine
-from paceline.execution.base import DecodedToken, Decoding, ForwardOutput, Segment
-from paceline.execution.cuda.stepping import decode, prepared, reference_steps
-from paceline.execution.draws import draw_rows
-from toys import Language, ToyRunner, noisy_language, random_language
+from toys import ToyRunner, noisy_language, random_language
+from unit.execution.ahead_toys import VOCAB, AheadToy
 
-VOCAB = 40
 LANGUAGE = random_language(VOCAB, order=2, seed=3, scale=1.5)
 PROMPTS = [[1, 2, 3, 1, 2, 3, 1, 2], [5, 6], list(range(20)), [9, 9, 9, 9]]
 SAMPLED = [
@@ -29,41 +24,10 @@ SAMPLED = [
 ]
 
 
-class DrawingToy(ToyRunner):
-    """As the GPU's runner, by the readable forms."""
-
-    decodes_ahead = draws_rows = True
-
-    def __init__(self, language: Language) -> None:
-        super().__init__(language, VOCAB)
-        self.joined: list[int] = []
-        self.draws = 0
-
-    def forward(self, segments: Sequence[Segment], *, want_hidden: bool = False) -> ForwardOutput:
-        output = super().forward(segments, want_hidden=want_hidden)
-        drawn, first = list[int](), 0
-        for segment in segments:
-            count = len(segment.tokens) if segment.num_logits is None else segment.num_logits
-            if segment.draws is not None:
-                drawn += draw_rows(output.logits[first : first + count], segment.draws, count)
-                self.draws += count
-            first += count
-        return ForwardOutput(output.logits, output.hidden, drawn=drawn if len(drawn) == first and drawn else None)
-
-    def decode_ahead(self, jobs: Sequence[Decoding]) -> list[list[DecodedToken]]:
-        self.joined.append(len(jobs))
-        feeds, most = prepared(self, jobs, self.info.max_context)
-        ends = [job.sequence.length + len(feed) for job, feed in zip(jobs, feeds, strict=True)]
-        decoded = decode(jobs, most, reference_steps(self, jobs, feeds))
-        for job, end, tokens in zip(jobs, ends, decoded, strict=True):
-            self.truncate(job.sequence, end + max(0, len(tokens) - 1))
-        return decoded
-
-
 def engine_of(draft: ToyRunner | None, rule: str = "auto", num_draft: int = 4) -> Engine:
     costs = CostTable([1, 8], [64], [[1.0, 1.1]])
     return Engine(
-        DrawingToy(LANGUAGE),
+        AheadToy(LANGUAGE),
         costs=costs,
         controller=controllers.create("fixed", costs, {"num_draft": num_draft}),
         drafters=[NgramDrafter() if draft is None else ModelDrafter(draft)],
@@ -74,7 +38,7 @@ def engine_of(draft: ToyRunner | None, rule: str = "auto", num_draft: int = 4) -
 @pytest.mark.parametrize("params", SAMPLED)
 @pytest.mark.parametrize("model", [True, False])
 def test_texts_of_a_batch_with_a_draft_are_those_of_each_sequence_alone_without_one(params: SamplingParams, model: bool) -> None:
-    draft = DrawingToy(noisy_language(LANGUAGE, 0.3, seed=5)) if model else None
+    draft = AheadToy(noisy_language(LANGUAGE, 0.3, seed=5)) if model else None
     engine = engine_of(draft)
     made = engine.generate(PROMPTS, params)
     assert sum(result.num_accepted if model else result.num_drafted for result in made) > 0
@@ -84,12 +48,12 @@ def test_texts_of_a_batch_with_a_draft_are_those_of_each_sequence_alone_without_
     if draft is not None and not (params.presence_penalty or params.min_tokens):
         assert max(draft.joined) == len(PROMPTS)
     runner = engine.runner
-    assert isinstance(runner, DrawingToy)
+    assert isinstance(runner, AheadToy)
     assert (runner.draws > 0) == (params.temperature > 0 and not params.presence_penalty and not params.min_tokens)
 
 
 def test_an_unseeded_text_is_that_of_the_seed_that_it_tells() -> None:
-    engine = engine_of(DrawingToy(noisy_language(LANGUAGE, 0.3, seed=5)))
+    engine = engine_of(AheadToy(noisy_language(LANGUAGE, 0.3, seed=5)))
     first = engine.generate(PROMPTS[0], SamplingParams(max_tokens=20, temperature=1.0))
     again = engine.generate(PROMPTS[0], SamplingParams(max_tokens=20, temperature=1.0, seed=first.seed), plain=True)
     assert first.num_drafted > 0
@@ -97,7 +61,7 @@ def test_an_unseeded_text_is_that_of_the_seed_that_it_tells() -> None:
 
 
 def test_a_ratio_test_that_was_asked_for_gets_drafts_with_their_distributions() -> None:
-    draft = DrawingToy(noisy_language(LANGUAGE, 0.3, seed=5))
+    draft = AheadToy(noisy_language(LANGUAGE, 0.3, seed=5))
     result = engine_of(draft, rule="block").generate(PROMPTS[0], SamplingParams(max_tokens=20, temperature=1.0, seed=3))
     assert result.num_drafted > 0
     assert not draft.joined

@@ -40,6 +40,7 @@ class Rows:
     length: int
     """Its committed tokens."""
     tokens: Sequence[int]
+    """-1 - i stands for token i of `Layout.late`."""
     parents: Sequence[int] | None
     """None: a chain."""
 
@@ -67,6 +68,8 @@ class Layout:
         self._place_words()
         self.positions = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
         self.slots = torch.zeros_like(self.positions)
+        self.late = torch.zeros_like(self.positions)
+        """Tokens that the host does not know yet."""
         self.tails = torch.zeros(MAX_ROWS, TAIL, dtype=torch.int32, device=device)
         """Cache slot of each of a row's last keys, in order; -1 where there is none."""
         self.sums = torch.zeros(MAX_ROWS * heads * max_chunks * head_dim, device=device)
@@ -155,7 +158,8 @@ def check(segments: Sequence[Segment], vocab: int) -> None:
             raise OptionError(f"parents: {len(segment.parents)} given for {count} tokens; a tree holds {MAX_ROWS} at most")
         if segment.num_logits is not None and not 0 <= segment.num_logits <= count:
             raise OptionError(f"num_logits = {segment.num_logits}: must be in 0 .. {count}")
-        low, high = min(segment.tokens), max(segment.tokens)
+        told = segment.tokens if segment.late is None else segment.tokens[:-1]
+        low, high = min(told, default=0), max(told, default=0)
         if low < 0 or high >= vocab:
             raise OptionError(f"tokens: id {low if low < 0 else high} is outside the vocabulary of {vocab}")
 

@@ -92,6 +92,7 @@ class Forwards:
         Room for the tokens of all steps is staged.
         """
         steps, first, later = self._steps, list[Rows](), list[Rows]()
+        steps.begin()
         sources: list[int] = []
         for sequence, feed in zip(sequences, feeds, strict=True):
             first.append(Rows(sequence.slot, sequence.committed, feed, None))
@@ -104,11 +105,11 @@ class Forwards:
         steps.layout.fill(later, shape, sources)
         self.run(first)
         steps.advance(self._decoder.logits, self._best, len(jobs), drawn=drawn, first=True)
-        steps.issued()
+        steps.issued(len(jobs))
 
         def issue() -> None:
             self.graphs.again(key)
-            steps.issued()
+            steps.issued(len(jobs))
 
         return issue, steps
 

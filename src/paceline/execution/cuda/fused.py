@@ -22,7 +22,8 @@ def place(row, column):
 @triton.jit
 def _embed(
     embedding,  # [V, H] bf16
-    tokens,  # [rows] int32
+    tokens,  # [rows] int32; -1 - i: entry i of `late`
+    late,  # int32
     lengths,  # [rows] int32: committed tokens of the row's sequence
     depths,  # [rows] int32
     indices,  # [rows] int32: place in the segment
@@ -56,7 +57,8 @@ def _embed(
     tl.store(tails + row * TAIL + tl.arange(0, TAIL), tl.where(key <= position, tail_page * 64 + tail % 64, -1))
     column = tl.arange(0, WIDTH)
     inside = column < H
-    token = tl.load(tokens + row).to(tl.int64)
+    token = tl.load(tokens + row)
+    token = tl.load(late + (-1 - token), mask=token < 0, other=token).to(tl.int64)
     value = tl.load(embedding + token * H + column, mask=inside, other=0.0).to(tl.float32) * scale
     value = value.to(tl.bfloat16)
     tl.store(x + place(row, column), value, mask=inside)
@@ -156,6 +158,7 @@ def embed(embedding: torch.Tensor, layout: Any, x: torch.Tensor, squares: torch.
     _embed[(rows,)](
         embedding,
         layout.tokens,
+        layout.late,
         layout.lengths,
         layout.depths,
         layout.indices,

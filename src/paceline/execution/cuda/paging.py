@@ -175,7 +175,7 @@ class PagedCache:
                 self._free.append(page)
 
     def _publish(self, sequence: PagedSequence, start: int) -> None:
-        """Copy page numbers from index `start` on to the device."""
+        """Copy page numbers from index `start` on to the device; from pinned memory, so that the host need not wait for it."""
         if start < len(sequence.pages):
-            new = torch.tensor(sequence.pages[start:], dtype=torch.int32)
-            self.tables[sequence.slot, start : len(sequence.pages)] = new.to(self.tables.device)
+            new = torch.tensor(sequence.pages[start:], dtype=torch.int32, pin_memory=self.tables.is_cuda)
+            self.tables[sequence.slot, start : len(sequence.pages)].copy_(new, non_blocking=True)

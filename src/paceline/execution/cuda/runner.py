@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline.errors import ModelError, OptionError, ResourceError
-from paceline.execution.base import DecodedToken, Decoding, ForwardOutput, Runner, RunnerInfo, Segment, SequenceHandle
+from paceline.execution.base import Decoded, Decoding, ForwardOutput, Runner, RunnerInfo, Segment, SequenceHandle, known
 from paceline.execution.cuda.capture import Layout, Rows, check, grid_chunks
 from paceline.execution.cuda.decoder import Decoder, misfit
 from paceline.execution.cuda.driver import missing_reason
@@ -17,7 +17,7 @@ from paceline.execution.cuda.linears import MAX_ROWS, Tuning
 from paceline.execution.cuda.memory import GIB, Budget, make_room, plan, register, unregister
 from paceline.execution.cuda.packing import FORMATS
 from paceline.execution.cuda.paging import PAGE, PagedCache, PagedSequence
-from paceline.execution.cuda.stepping import Stepping, decode, prepared, reference_steps
+from paceline.execution.cuda.stepping import InLine, Line, Stepping, decode, placed, prepared, reference_steps
 from paceline.execution.draws import DrawLaw, draw_rows
 from paceline.execution.structure import describe_structure, merged_weights
 from paceline.models.base import ModelSource
@@ -37,7 +37,7 @@ _CACHE_SHARE = 0.5
 class CudaRunner(Runner):
     """Runs Llama-like models in `bf16`, `int8`, `fp8` or `int4`. A row's logits have the same bits in any batch, chain or tree."""
 
-    decodes_ahead = draws_rows = True
+    decodes_ahead = draws_rows = takes_late = True
     rows_at_once = MAX_ROWS
 
     @staticmethod
@@ -177,8 +177,9 @@ class CudaRunner(Runner):
         with torch.inference_mode(), self._here():
             for segment in segments:
                 self._cache.stage(self._own(segment.sequence), len(segment.tokens))
+            segments, line = self._placed(segments)
             passes = self._passes(segments)
-            parts = [self._pass(part, want_hidden, keep=len(passes) > 1) for part in passes]
+            parts = [self._pass(part, want_hidden, keep=len(passes) > 1, line=line) for part in passes]
         if len(parts) == 1:
             return parts[0]
         hidden = torch.cat([p.hidden for p in parts if p.hidden is not None]) if want_hidden else None
@@ -187,7 +188,16 @@ class CudaRunner(Runner):
         drawn = _joined([p.best if p.drawn is None else p.drawn for p in parts]) if draws else None
         return ForwardOutput(torch.cat([p.logits for p in parts]), hidden, best, drawn)
 
-    def decode_ahead(self, jobs: Sequence[Decoding]) -> list[list[DecodedToken]]:
+    def _placed(self, segments: Sequence[Segment]) -> tuple[list[Segment], Line | None]:
+        """Segments without late tokens: they are fetched, from the line that is returned, or waited for."""
+        if self._forwards is None:
+            return [known(segment) for segment in segments], None
+        found, line = placed(segments, self._device)
+        if line is not None:
+            self._layout.late.copy_(line.inputs)
+        return found, line
+
+    def decode_ahead(self, jobs: Sequence[Decoding]) -> list[Decoded]:
         """See `Runner.decode_ahead`. The device decodes tokens while the host reads those before."""
         own = [self._own(job.sequence) for job in jobs]
         feeds, most = prepared(self, jobs, self.info.max_context)
@@ -198,8 +208,8 @@ class CudaRunner(Runner):
         else:
             stepping = self._begin_steps(self._forwards, jobs, own, feeds, most)
         decoded = decode(jobs, most, stepping)
-        for sequence, end, tokens in zip(own, ends, decoded, strict=True):
-            self._cache.keep(sequence, end + max(0, len(tokens) - 1))
+        for sequence, end, found in zip(own, ends, decoded, strict=True):
+            self._cache.keep(sequence, end + max(0, len(found.tokens) - (found.late is None)))
         return decoded
 
     def _begin_steps(
@@ -210,7 +220,7 @@ class CudaRunner(Runner):
         feeds: Sequence[Sequence[int]],
         most: int,
     ) -> Stepping:
-        """Issue the first step; returns what issues another one, and what waits for the next one's tokens."""
+        """Issue the first step."""
         with torch.inference_mode(), self._here():
             for sequence, feed in zip(own, feeds, strict=True):
                 self._cache.stage(sequence, len(feed) + most - 1)
@@ -220,7 +230,11 @@ class CudaRunner(Runner):
             with self._here():
                 issue()
 
-        return issue_here, lambda: steps.read(len(jobs))
+        def leave() -> list[InLine]:
+            line = steps.leave()
+            return [InLine(line, place) for place in range(len(jobs))]
+
+        return Stepping(issue_here, steps.read, leave)
 
     def offload(self) -> int:
         """Move the weights to the host's memory and return their bytes; keys and values stay. The next forward brings them back.
@@ -231,6 +245,7 @@ class CudaRunner(Runner):
             return 0
         with torch.inference_mode(), self._here():
             if self._forwards is not None:
+                torch.cuda.synchronize()  # a step may be under way
                 self._forwards.graphs.forget()
             self._decoder.move(torch.device("cpu"))
             self.is_offloaded = True
@@ -272,8 +287,8 @@ class CudaRunner(Runner):
             room -= count
         return passes
 
-    def _pass(self, segments: list[Segment], want_hidden: bool, keep: bool) -> ForwardOutput:
-        """keep: the result must outlive the next pass."""
+    def _pass(self, segments: list[Segment], want_hidden: bool, keep: bool, line: Line | None) -> ForwardOutput:
+        """keep: the result must outlive the next pass. line: of a draft's step that may still be before it."""
         first, offset = segments[0], 0
         forwards = self._forwards
         if len(first.tokens) > MAX_ROWS or forwards is None:
@@ -285,6 +300,8 @@ class CudaRunner(Runner):
             offset = self._feed_pieces(forwards, first)
         batch = [self._rows(segment, offset) for segment in segments]
         forwards.run(batch)
+        if line is not None:
+            line.tokens()  # before the forward's own: so the draft's time is told from the forward's
         rows: list[int] = []
         start = 0
         for segment, part in zip(segments, batch, strict=True):

@@ -2,30 +2,81 @@
 
 A captured step ends with a token of each sequence as the input of the next one, and with a line of tokens and evidence in memory of
 the host that the device writes to. The host waits for a line, not for the device: the next step runs on meanwhile. Random numbers
-are functions of seed and position, so those of all steps are sent ahead.
+are functions of seed and position, so those of all steps are sent ahead. Nor does the host wait for the last line, about which
+nobody is asked: its tokens are late, and a forward on the same device takes them from where the next step would.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from paceline.errors import OptionError
-from paceline.execution.base import DecodedToken, Decoding, Runner, Segment, prefill
+from paceline.execution.base import Decoded, Decoding, Runner, Segment, known, prefill, with_last
 from paceline.execution.cuda.capture import Layout, check
 from paceline.execution.cuda.linears import MAX_ROWS
 from paceline.execution.draws import draw_from, row_weights
+from paceline.records import DecodedToken, LateToken
 
 if TYPE_CHECKING:
     from paceline.execution.cuda.drawing import Drawer
 
-Stepping = tuple[Callable[[], None], Callable[[], list[DecodedToken]]]
-"""What issues another step, and what waits for the tokens of the next one in turn."""
 RING = 256
 """Lines that the device writes round and round; far more than steps under way."""
+
+
+class Stepping(NamedTuple):
+    """A decoding loop's steps, of which the first one was issued."""
+
+    issue: Callable[[], None]
+    """Begins another one."""
+    read: Callable[[], list[DecodedToken]]
+    """Waits for the tokens of the next one in turn."""
+    leave: Callable[[], Sequence[LateToken]]
+    """The tokens of the next one in turn, which is the last one, without waiting."""
+
+
+class Line:
+    """What one step decodes for each sequence."""
+
+    def __init__(self, read: Callable[[], list[DecodedToken]], inputs: torch.Tensor) -> None:
+        """inputs: [64] int32, the tokens on their device, until its runner begins to decode again; 0 for those that came to
+        nothing."""
+        self._read, self.inputs = read, inputs
+        self._tokens: list[DecodedToken] | None = None
+        self.known_at = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the host has read it."""
+        return self._tokens is not None
+
+    def tokens(self) -> list[DecodedToken]:
+        """Waits for the step."""
+        if self._tokens is None:
+            self._tokens, self.known_at = self._read(), perf_counter()
+        return self._tokens
+
+
+class InLine(LateToken):
+    """A late token as its place in a line."""
+
+    def __init__(self, line: Line, place: int) -> None:
+        self.line, self.place = line, place
+
+    def is_on(self, device: torch.device) -> bool:
+        """Whether it is to be fetched there rather than read."""
+        return not self.line.is_known and self.line.inputs.device == device
+
+    def wait(self) -> DecodedToken:
+        tokens = self.line.tokens()
+        self.known_at = self.line.known_at
+        return tokens[self.place]
 
 
 class Steps:
@@ -42,7 +93,20 @@ class Steps:
         self._issued = 0
         self._vocab = vocab
         self._drawer: Drawer | None = None
-        self._lines: deque[int] = deque()
+        self._lines: deque[Line] = deque()
+        self._left: Line | None = None
+
+    def begin(self) -> None:
+        """Call before the inputs are filled anew: a line that was left is read while it is there."""
+        if self._left is not None:
+            self._left.tokens()
+        self._left = None
+        self._lines.clear()
+
+    def leave(self) -> Line:
+        """The oldest line that was not read, without waiting for it."""
+        self._left = self._lines.popleft()
+        return self._left
 
     def describe(self, jobs: Sequence[Decoding]) -> bool:
         """Send laws and random numbers of the coming steps; returns whether any sequence draws."""
@@ -74,20 +138,22 @@ class Steps:
             drawer.launch(logits, best.tokens, rows, self._line, self.layout.sources if first else None)
         advance(best, self.layout, self._line, self._tokens, self._evidence, rows, drawer=drawer, gather=first, grow=not first)
 
-    def issued(self) -> None:
-        """Call behind each step on the stream."""
+    def issued(self, count: int) -> None:
+        """Call behind each step on the stream. count: sequences."""
         line = self._issued % RING
         self._written[line].record()
         self._issued += 1
-        self._lines.append(line)
+        self._lines.append(Line(partial(self._read, line, count), self.layout.tokens))
 
     def restart(self) -> None:
         """Forget steps that ran for nothing but a capture: the device counts lines, too."""
         self._line.fill_(self._issued % RING)
 
-    def read(self, count: int) -> list[DecodedToken]:
-        """What the oldest step that was not read decoded for each of `count` sequences; waits for it."""
-        line = self._lines.popleft()
+    def read(self) -> list[DecodedToken]:
+        """What the oldest step that was not read decoded for each sequence; waits for it."""
+        return self._lines.popleft().tokens()
+
+    def _read(self, line: int, count: int) -> list[DecodedToken]:
         self._written[line].synchronize()
         rows = zip(self._tokens[line, :count].tolist(), self._evidence[line, :count].tolist(), strict=True)
         return [DecodedToken(token, *evidence) for token, evidence in rows]
@@ -111,17 +177,17 @@ def prepared(runner: Runner, jobs: Sequence[Decoding], max_context: int) -> tupl
     return feeds, max(1, min(max(job.most for job in jobs), room))
 
 
-def decode(jobs: Sequence[Decoding], most: int, stepping: Stepping) -> list[list[DecodedToken]]:
-    """Issue steps and read their tokens until no sequence wants more; see `Runner.decode_ahead`."""
-    issue, read = stepping
-    limits, going = [min(job.most, most) for job in jobs], [True] * len(jobs)
+def decode(jobs: Sequence[Decoding], most: int, stepping: Stepping) -> list[Decoded]:
+    """Issue steps and read their tokens until nobody need be asked any more; see `Runner.decode_ahead`."""
+    limits = [min(job.most, most) for job in jobs]
+    going = [limit > 1 for limit in limits]
     decoded: list[list[DecodedToken]] = [[] for _ in jobs]
     issued, seen = 1, 0
-    while seen < issued:
-        if issued < most and any(going):
-            issue()
+    while any(going):
+        if issued < most:
+            stepping.issue()
             issued += 1
-        tokens = read()
+        tokens = stepping.read()
         seen += 1
         for i, (job, token) in enumerate(zip(jobs, tokens, strict=True)):
             if len(decoded[i]) >= limits[i]:
@@ -130,13 +196,30 @@ def decode(jobs: Sequence[Decoding], most: int, stepping: Stepping) -> list[list
                 limits[i], going[i] = len(decoded[i]), False
                 continue
             decoded[i].append(token)
-            if going[i] and (not job.keep_on(token) or len(decoded[i]) >= limits[i]):
-                going[i], limits[i] = False, min(limits[i], issued)
-    return decoded
+            if going[i] and not job.keep_on(token):
+                limits[i] = min(limits[i], issued)
+            going[i] = going[i] and len(decoded[i]) + 1 < limits[i]
+    late = stepping.leave() if seen < issued else ()
+    return [Decoded(found, late[i] if len(found) < limits[i] else None) for i, found in enumerate(decoded)]
+
+
+def placed(segments: Sequence[Segment], device: torch.device) -> tuple[list[Segment], Line | None]:
+    """Segments without late tokens, for a forward of the kernels on a device: token -1 - i stands for place i of the line that is
+    returned, of which there is one at most. Waits for other late tokens."""
+    found: list[Segment] = []
+    line: Line | None = None
+    for segment in segments:
+        late = segment.late
+        if isinstance(late, InLine) and late.is_on(device) and line in (None, late.line) and len(segment.tokens) <= MAX_ROWS:
+            line = late.line
+            found.append(with_last(segment, -1 - late.place))
+        else:
+            found.append(known(segment))
+    return found, line
 
 
 def reference_steps(runner: Runner, jobs: Sequence[Decoding], feeds: Sequence[Sequence[int]]) -> Stepping:
-    """What captured steps must equal: the same through single forwards, each when it is read. Commits what it feeds."""
+    """What captured steps must equal: the same through single forwards, each when it is read or left. Commits what it feeds."""
     pending, step = [list(feed) for feed in feeds], 0
 
     def read() -> list[DecodedToken]:
@@ -148,13 +231,20 @@ def reference_steps(runner: Runner, jobs: Sequence[Decoding], feeds: Sequence[Se
             probs = torch.softmax(logits, -1)
             largest, second = probs.topk(2).values.tolist()
             token, chance = int(probs.argmax()), largest
-            if job.law is not None and step < len(job.numbers):
+            if bool(probs.isnan().any()):
+                token = -1
+            elif job.law is not None and step < len(job.numbers):
                 weights = row_weights(logits, job.law)
                 token = draw_from(weights, job.numbers[step])
                 chance = float(weights[token] / weights.sum())
-            pending[i] = [token]
+            pending[i] = [max(token, 0)]
             found.append(DecodedToken(token, largest, float(torch.special.entr(probs).sum()), largest - second, chance))
         step += 1
         return found
 
-    return lambda: None, read
+    def leave() -> list[LateToken]:
+        line = Line(read, torch.zeros(0))
+        line.tokens()  # so that what was fed is in the cache
+        return [InLine(line, place) for place in range(len(jobs))]
+
+    return Stepping(lambda: None, read, leave)
