@@ -76,19 +76,31 @@ INLINE size_t value_at(int dim, int slot, int i, int f32) {
   return f32 ? (size_t)slot * dim + i : ((size_t)(slot / 2) * dim + i) * 2 + slot % 2;
 }
 
+static void write_key(Segment *s, size_t region, int dim, int slot, const float *key, int f32) {
+  size_t at = region * (size_t)s->capacity * dim;
+  for (int i = 0; i < dim; i += 16) {
+    uint16_t half[16];
+    store_bf16(half, load16(key + i));
+    for (int j = 0; j < 16; j++) {
+      size_t to = at + key_at(dim, slot, i + j, f32);
+      if (f32) ((float *)s->keys)[to] = key[i + j];
+      else ((uint16_t *)s->keys)[to] = half[j];
+    }
+  }
+}
+
 /* Values are made finite: a later row's value counts zero times in an earlier row, which must be zero. */
-static void write_kv(Segment *s, size_t region, int dim, int slot, const float *key, const float *value, int f32) {
+static void write_value(Segment *s, size_t region, int dim, int slot, const float *value, int f32) {
   size_t at = region * (size_t)s->capacity * dim;
   v16 limit = splat(3.3e38f);
   for (int i = 0; i < dim; i += 16) {
-    v16 k = load16(key + i), v = vmin(vmax(load16(value + i), -limit), limit);
-    uint16_t half_k[16], half_v[16];
-    store_bf16(half_k, k);
-    store_bf16(half_v, v);
+    v16 v = vmin(vmax(load16(value + i), -limit), limit);
+    uint16_t half[16];
+    store_bf16(half, v);
     for (int j = 0; j < 16; j++) {
-      size_t to_k = at + key_at(dim, slot, i + j, f32), to_v = at + value_at(dim, slot, i + j, f32);
-      if (f32) ((float *)s->keys)[to_k] = k[j], ((float *)s->values)[to_v] = v[j];
-      else ((uint16_t *)s->keys)[to_k] = half_k[j], ((uint16_t *)s->values)[to_v] = half_v[j];
+      size_t to = at + value_at(dim, slot, i + j, f32);
+      if (f32) ((float *)s->values)[to] = v[j];
+      else ((uint16_t *)s->values)[to] = half[j];
     }
   }
 }

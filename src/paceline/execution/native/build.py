@@ -12,7 +12,7 @@ ABI_VERSION = 6
 KERNELS = compiled.Sources(
     name="kernels",
     folder=Path(__file__).parent,
-    files=("kernel.c", "heads.h", "layer.h", "model.h", "attention.h", "grades.h", "linear.h", "pool.h", "vec.h"),
+    files=("kernel.c", "heads.h", "layer.h", "model.h", "attention.h", "grades.h", "linear.h", "pool.h", "share.h", "vec.h"),
     flags=("-O3", "-march=native", "-ffp-contract=off", "-Wno-psabi"),
     libraries=("-lm", "-lpthread"),
     abi=("paceline_abi", ABI_VERSION),

@@ -2,9 +2,7 @@
 #ifndef PACELINE_HEADS_H
 #define PACELINE_HEADS_H
 
-#include <math.h>
-
-#include "model.h"
+#include "share.h"
 
 #define UNITS_PER_THREAD 4
 
@@ -98,31 +96,39 @@ static void attend_unit(Worker *w, int l, const Part *p, int item, int unit) {
   attend_chunk(p->segment, (size_t)l * e->model.kv_heads + kv_head, &spec, &b, chunk * CHUNK, w->scratch);
 }
 
+/* Slots of a chunk that attention looks at, and what it does once for each. */
+static int chunk_work(const Part *p, int chunk) {
+  int end = p->segment->base + p->segment->num_rows - chunk * CHUNK;
+  return 16 + (end < CHUNK ? end : CHUNK);
+}
+
 static void attention(Worker *w, int l) {
   Engine *e = w->engine;
-  int split = shares_chunks(e), heads = e->model.kv_heads, total = 0, from, to;
+  int split = shares_chunks(e), heads = e->model.kv_heads;
+  float total = 0, before = 0;
   for (int i = 0; i < e->batch->segments; i++) {
     Part p = part_of(e, i);
-    total += p.blocks * heads * (split ? p.chunks : 1);
+    for (int chunk = 0; chunk < p.chunks; chunk++) total += (float)(chunk_work(&p, chunk) * p.blocks * heads);
   }
-  share(w, total, 1, &from, &to);
+  float from = total * e->bound[w->id], to = total * e->bound[w->id + 1];
   for (int i = 0, unit = 0; i < e->batch->segments; i++) {
     Part p = part_of(e, i);
-    int items = p.blocks * heads * (split ? p.chunks : 1);
+    int items = p.blocks * heads * (split ? p.chunks : 1), whole = 0;
+    for (int chunk = 0; chunk < p.chunks; chunk++) whole += chunk_work(&p, chunk);
     for (int item = 0; item < items; item++, unit++) {
-      int kv_head = item / p.blocks;
-      if (e->batch->mass) { /* one worker adds up a head's mass, in order */
-        if (kv_head % e->pool.threads == w->id) attend_block(w, l, &p, kv_head, item % p.blocks);
-      } else if (unit >= from && unit < to) {
-        if (split) attend_unit(w, l, &p, item, unit);
-        else attend_block(w, l, &p, kv_head, item % p.blocks);
-      }
+      int work = split ? chunk_work(&p, item / p.blocks % p.chunks) : whole, block = item % p.blocks;
+      float middle = before + (float)work / 2;
+      before += (float)work;
+      int mine = middle >= from && middle < to;
+      if (e->batch->mass) mine = item / p.blocks % e->pool.threads == w->id; /* one worker adds up a head's mass, in order */
+      if (mine && split) attend_unit(w, l, &p, item, unit);
+      else if (mine) attend_block(w, l, &p, item / p.blocks, block);
     }
   }
 }
 
-/* Join a row's chunks of one head. */
-static void join_head(Worker *w, int l, int row, int head) {
+/* Join a row's chunks of one head into out [D]. */
+static void join_head(Worker *w, int l, int row, int head, float *out) {
   const Engine *e = w->engine;
   const Model *m = &e->model;
   int segment = segment_of(e->batch, row), group = m->heads / m->kv_heads, size = partial_size(m->dim);
@@ -142,20 +148,25 @@ static void join_head(Worker *w, int l, int row, int head) {
     if (chunk == first) memcpy(w->scratch, part, (size_t)size * 4);
     else join(w->scratch, part, m->dim);
   }
-  finish(w->scratch, m->dim, e->attn + ((size_t)row * m->heads + head) * m->dim);
+  finish(w->scratch, m->dim, out);
 }
 
 /* Attention's result in the form that o multiplies. */
-static void finish_attention(Worker *w, int l) {
+static const Acts *attended(Worker *w, int l) {
   Engine *e = w->engine;
   const Model *m = &e->model;
-  int split = shares_chunks(e), heads = m->dim % 32 ? m->heads : 1; /* that fill groups of 32 */
-  int units = m->heads / heads, width = heads * m->dim, from, to;
-  share(w, e->batch->rows * units, 1, &from, &to);
+  int split = shares_chunks(e), alone = e->batch->rows <= ALONE, heads = m->dim % 32 ? m->heads : 1; /* that fill groups of 32 */
+  int units = m->heads / heads, width = heads * m->dim, from = 0, to = e->batch->rows * units;
+  Acts *acts = alone ? &w->own : &e->inner;
+  float *joined = w->scratch + partial_size(m->dim);
+  if (!alone) share(w, to, 1, &from, &to);
   for (int i = from; i < to; i++) {
     int row = i / units, at = i % units * width;
-    for (int h = 0; split && h < heads; h++) join_head(w, l, row, i % units * heads + h);
-    put_acts(&e->inner, m->act_kind, m->heads * m->dim, row, at, e->attn + (size_t)row * m->heads * m->dim + at, width);
+    const float *found = e->attn + (size_t)row * m->heads * m->dim + at;
+    for (int h = 0; split && h < heads; h++) join_head(w, l, row, i % units * heads + h, joined + h * m->dim);
+    put_acts(acts, m->act_kind, m->heads * m->dim, row, at, split ? joined : found, width);
   }
+  if (!alone) barrier(w);
+  return acts;
 }
 #endif

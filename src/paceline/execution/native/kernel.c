@@ -33,36 +33,33 @@ static void run_layer(Worker *w, int l, int skip) {
   Engine *e = w->engine;
   const Model *m = &e->model;
   const Layer *layer = m->layer + l;
-  int rows = e->batch->rows;
+  const Acts *acts;
   if (!(skip & 1)) {
-    norm_rows(w, layer->norm_in);
-    barrier(&e->pool);
-    multiply(w, choose(w, l, QKV, &layer->qkv, &e->acts), &e->acts, rows, e->qkv, (m->heads + 2 * m->kv_heads) * m->dim, 0);
-    barrier(&e->pool);
-    rope_and_cache(w, l);
-    barrier(&e->pool);
+    acts = normed(w, layer->norm_in);
+    project_heads(w, l, choose(w, l, QKV, &layer->qkv, acts), acts);
+    barrier(w);
     warm_up(w, &layer->o, 1);
     attention(w, l);
-    barrier(&e->pool);
-    finish_attention(w, l);
-    barrier(&e->pool);
-    project_back(w, choose(w, l, O, &layer->o, &e->inner), layer->norm_attn_out);
+    barrier(w);
+    acts = attended(w, l);
+    project_back(w, choose(w, l, O, &layer->o, acts), acts, layer->norm_attn_out);
     warm_up(w, &layer->gate_up, 4);
-    barrier(&e->pool);
+    barrier(w);
   }
   if (!(skip & 2)) {
-    norm_rows(w, layer->norm_mlp_in);
-    barrier(&e->pool);
-    gate_up(w, choose(w, l, GATE_UP, &layer->gate_up, &e->acts));
+    acts = normed(w, layer->norm_mlp_in);
+    gate_up(w, choose(w, l, GATE_UP, &layer->gate_up, acts), acts);
     warm_up(w, &layer->down, 1);
-    barrier(&e->pool);
-    project_back(w, choose(w, l, DOWN, &layer->down, &e->inner), layer->norm_mlp_out);
-    warm_up(w, l + 1 < m->layers ? &m->layer[l + 1].qkv : &m->head, 1);
-    barrier(&e->pool);
+    barrier(w);
+    project_back(w, choose(w, l, DOWN, &layer->down, &e->inner), &e->inner, layer->norm_mlp_out);
+    if (l + 1 < m->layers) warm_up(w, &m->layer[l + 1].qkv, owns_heads(e) ? m->dim / 16 : 1);
+    else warm_up(w, &m->head, 1);
+    barrier(w);
   }
 }
 
-static int32_t best_of(const float *x, int n) {
+/* The largest of n values, the first of equals; its place is -1 where a value is not finite. */
+static Top top_of(const float *x, int n) {
   v16 top = splat(-INFINITY), sum = splat(0);
   int i = 0;
   for (; i + 16 <= n; i += 16) {
@@ -75,32 +72,56 @@ static int32_t best_of(const float *x, int n) {
     largest = x[i] > largest ? x[i] : largest;
     faulty += x[i] - x[i];
   }
-  if (!(faulty == 0)) return -1;
-  for (i = 0; x[i] != largest; i++) {}
-  return i;
+  if (!(faulty == 0)) return (Top){INFINITY, -1};
+  for (i = 0; i < n && x[i] != largest; i++) {}
+  return (Top){largest, i};
+}
+
+/* The best token of a row, from what each worker found among its own. */
+static int32_t best_of(const Engine *e, int row) {
+  Top best = {-INFINITY, -1};
+  for (int i = 0; i < e->pool.threads; i++) {
+    const Top *top = e->worker[i].top + row;
+    if (top->at < 0) return -1;
+    if (i == 0 || top->value > best.value) best = *top;
+  }
+  return best.at;
+}
+
+/* Logits of the worker's share of the vocabulary, and the largest of them. */
+static void logits_of_share(Worker *w, const Acts *acts) {
+  Engine *e = w->engine;
+  const Model *m = &e->model;
+  int rows = e->batch->logit_rows, from, to;
+  multiply(w, (Choice){&m->head, NULL, NULL}, acts, rows, e->batch->logits, m->vocab, 0);
+  share(w, (m->vocab + 15) / 16, 1, &from, &to);
+  from = 16 * from < m->vocab ? 16 * from : m->vocab;
+  to = 16 * to < m->vocab ? 16 * to : m->vocab;
+  for (int row = 0; row < rows; row++) {
+    float *x = e->batch->logits + (size_t)row * m->vocab;
+    if (m->logit_cap > 0)
+      for (int i = from; i < to; i++) x[i] = m->logit_cap * tanhf(x[i] / m->logit_cap);
+    w->top[row] = top_of(x + from, to - from);
+    if (w->top[row].at >= 0) w->top[row].at += from;
+  }
 }
 
 static void logits(Worker *w) {
   Engine *e = w->engine;
   const Model *m = &e->model;
   Batch *b = e->batch;
-  int from, to;
+  int from, to, alone = b->logit_rows <= ALONE;
+  Acts *acts = alone ? &w->own : &e->acts;
   share(w, b->logit_rows, 1, &from, &to);
-  for (int i = from; i < to; i++) {
+  for (int i = alone ? 0 : from; i < (alone ? b->logit_rows : to); i++) {
     rms_norm(e->x + (size_t)b->logit_row[i] * m->hidden, m->final_norm, m->hidden, m->eps, w->scratch);
-    if (b->hidden) memcpy(b->hidden + (size_t)i * m->hidden, w->scratch, (size_t)m->hidden * 4);
-    put_acts(&e->acts, m->act_kind, m->hidden, i, 0, w->scratch, m->hidden);
+    if (b->hidden && i >= from && i < to) memcpy(b->hidden + (size_t)i * m->hidden, w->scratch, (size_t)m->hidden * 4);
+    put_acts(acts, m->act_kind, m->hidden, i, 0, w->scratch, m->hidden);
   }
-  barrier(&e->pool);
-  multiply(w, (Choice){&m->head, NULL, NULL}, &e->acts, b->logit_rows, b->logits, m->vocab, 0);
-  if (m->logit_cap > 0) {
-    barrier(&e->pool);
-    share(w, b->logit_rows * m->vocab, 16, &from, &to);
-    for (int i = from; i < to; i++) b->logits[i] = m->logit_cap * tanhf(b->logits[i] / m->logit_cap);
-  }
-  barrier(&e->pool);
-  share(w, b->logit_rows, 1, &from, &to);
-  for (int i = from; i < to; i++) b->best[i] = best_of(b->logits + (size_t)i * m->vocab, m->vocab);
+  if (!alone) barrier(w);
+  logits_of_share(w, acts);
+  barrier(w);
+  for (int i = 0; w->id == 0 && i < b->logit_rows; i++) b->best[i] = best_of(e, i);
 }
 
 /* Hand out the rows that enter layer l. */
@@ -123,15 +144,18 @@ static void tap(Worker *w, int l) {
 
 static void run(Worker *w) {
   Engine *e = w->engine;
+  uint64_t started = ticks();
+  w->waited = 0;
   embed(w);
-  barrier(&e->pool);
+  barrier(w);
   for (int l = 0; l < e->batch->run_layers; l++) {
     tap(w, l);
     run_layer(w, l, e->batch->skip ? e->batch->skip[l] : 0);
   }
   tap(w, e->batch->run_layers);
   if (e->batch->logit_rows) logits(w);
-  barrier(&e->pool);
+  w->busy = ticks() - started - w->waited;
+  barrier(w);
 }
 
 static void *worker_main(void *arg) {
@@ -193,13 +217,17 @@ Engine *paceline_open(const Model *model, int threads, int max_slots) {
   e->partials = floats(chunks * UNITS_PER_THREAD * threads * QUERIES * partial_size(m->dim));
   open_acts(&e->acts, m, rows * widest);
   open_acts(&e->inner, m, rows * widest);
+  e->bound = floats((size_t)threads + 1);
+  for (int i = 0; i <= threads; i++) e->bound[i] = (float)i / (float)threads;
   e->thread = calloc((size_t)threads, sizeof *e->thread);
   e->worker = calloc((size_t)threads, sizeof *e->worker);
   pthread_mutex_init(&e->pool.lock, NULL);
   pthread_cond_init(&e->pool.wake, NULL);
   for (int i = 0; i < threads; i++) {
     size_t scratch = ATTENTION_SCRATCH + (2 * QUERIES + 1) * (size_t)partial_size(m->dim);
-    e->worker[i] = (Worker){e, i, floats(scratch > (size_t)widest ? scratch : (size_t)widest), calloc(rows, 1)};
+    if ((size_t)widest + partial_size(m->dim) > scratch) scratch = (size_t)widest + partial_size(m->dim);
+    e->worker[i] = (Worker){e, i, floats(scratch), calloc(rows, 1), calloc(rows, sizeof(Top)), .busy = 0};
+    open_acts(&e->worker[i].own, m, (size_t)ALONE * widest);
     if (i) pthread_create(&e->thread[i], NULL, worker_main, &e->worker[i]);
   }
   return e;
@@ -207,6 +235,7 @@ Engine *paceline_open(const Model *model, int threads, int max_slots) {
 
 void paceline_forward(Engine *e, Batch *batch) {
   e->batch = batch;
+  balance(e);
   announce(&e->pool, &e->pool.job);
   run(&e->worker[0]);
 }
@@ -232,10 +261,12 @@ void paceline_close(Engine *e) {
   for (int i = 0; i < e->pool.threads; i++) {
     free(e->worker[i].scratch);
     free(e->worker[i].is_wide);
+    free(e->worker[i].top);
+    close_acts(&e->worker[i].own);
   }
   close_acts(&e->acts);
   close_acts(&e->inner);
-  void *owned[] = {e->x, e->qkv, e->attn, e->rope_cos, e->rope_sin, e->partials, e->thread, e->worker};
+  void *owned[] = {e->x, e->qkv, e->attn, e->rope_cos, e->rope_sin, e->partials, e->bound, e->thread, e->worker};
   for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
   free(e);
 }

@@ -2,7 +2,7 @@
 #ifndef PACELINE_LAYER_H
 #define PACELINE_LAYER_H
 
-#include "model.h"
+#include "share.h"
 
 static void rms_norm(const float *x, const float *weight, int n, float eps, float *out) {
   v16 total = splat(0);
@@ -11,14 +11,18 @@ static void rms_norm(const float *x, const float *weight, int n, float eps, floa
   for (int i = 0; i < n; i += 16) store16(out + i, load16(x + i) * factor * load16(weight + i));
 }
 
-static void norm_rows(Worker *w, const float *weight) {
+/* The rows of x, normed, in the form that matrices want. */
+static const Acts *normed(Worker *w, const float *weight) {
   Engine *e = w->engine;
-  int hidden = e->model.hidden, from, to;
-  share(w, e->batch->rows, 1, &from, &to);
+  int hidden = e->model.hidden, rows = e->batch->rows, alone = rows <= ALONE, from = 0, to = rows;
+  Acts *acts = alone ? &w->own : &e->acts;
+  if (!alone) share(w, rows, 1, &from, &to);
   for (int row = from; row < to; row++) {
     rms_norm(e->x + (size_t)row * hidden, weight, hidden, e->model.eps, w->scratch);
-    put_acts(&e->acts, e->model.act_kind, hidden, row, 0, w->scratch, hidden);
+    put_acts(acts, e->model.act_kind, hidden, row, 0, w->scratch, hidden);
   }
+  if (!alone) barrier(w);
+  return acts;
 }
 
 /* Ask for the start of this worker's share of the next matrix (in blocks of `block` tiles), before it waits for the others. */
@@ -43,10 +47,9 @@ static Choice choose(Worker *w, int l, int which, const Matrix *narrow, const Ac
   return (Choice){narrow, &grades->wide[which], w->is_wide};
 }
 
-/* out[row][feature] (+)= matrix times activations; out has `width` floats a row, of which the matrix writes the first n. */
-static void multiply(Worker *w, Choice choice, const Acts *acts, int rows, float *out, int width, int add) {
-  int n = choice.narrow->n, from, to;
-  share(w, (n + 15) / 16, 1, &from, &to);
+/* out[row][feature] (+)= tiles [from, to) of a matrix times activations; out has `width` floats a row. */
+static void multiply_tiles(Choice choice, const Acts *acts, int rows, float *out, int width, int add, int from, int to) {
+  int n = choice.narrow->n;
   for (int tile = from; tile < to; tile++)
     for (int row = 0; row < rows; row += 8) {
       v16 y[8];
@@ -62,6 +65,12 @@ static void multiply(Worker *w, Choice choice, const Acts *acts, int rows, float
     }
 }
 
+static void multiply(Worker *w, Choice choice, const Acts *acts, int rows, float *out, int width, int add) {
+  int from, to;
+  share(w, (choice.narrow->n + 15) / 16, 1, &from, &to);
+  multiply_tiles(choice, acts, rows, out, width, add, from, to);
+}
+
 INLINE v16 activate(v16 gate, int gelu) {
   if (!gelu) return gate / (splat(1.0f) + vexp(-gate));
   v16 inner = splat(0.7978845608f) * (gate + splat(0.044715f) * gate * gate * gate);
@@ -70,7 +79,7 @@ INLINE v16 activate(v16 gate, int gelu) {
 }
 
 /* Gate and up lie in the matrix as tiles g0 g1 u0 u1 for each 32 features, so that one worker finishes a whole group. */
-static void gate_up(Worker *w, Choice choice) {
+static void gate_up(Worker *w, Choice choice, const Acts *acts) {
   Engine *e = w->engine;
   int features = e->model.intermediate, from, to, rows = e->batch->rows;
   share(w, features / 32, 1, &from, &to);
@@ -79,7 +88,7 @@ static void gate_up(Worker *w, Choice choice) {
       v16 y[4][8];
       float middle[32];
       int m = rows - row < 8 ? rows - row : 8;
-      for (int t = 0; t < 4; t++) choice_rows(&choice, 4 * group + t, &e->acts, row, m, y[t]);
+      for (int t = 0; t < 4; t++) choice_rows(&choice, 4 * group + t, acts, row, m, y[t]);
       for (int r = 0; r < m; r++) {
         store16(middle, activate(y[0][r], e->model.gelu) * y[2][r]);
         store16(middle + 16, activate(y[1][r], e->model.gelu) * y[3][r]);
@@ -96,46 +105,62 @@ static void rotate(float *restrict low, float *restrict high, const float *restr
   }
 }
 
-static void rope_and_cache(Worker *w, int l) {
+/* A head of one row, as the matrix left it: bias, norm and rotation; keys and values go to the cache. Heads are numbered queries
+ * first, then keys, then values. */
+static void finish_head(Worker *w, int l, int row, int head) {
   Engine *e = w->engine;
   const Model *m = &e->model;
   const Layer *layer = m->layer + l;
-  int dim = m->dim, heads = m->heads + 2 * m->kv_heads, from, to;
-  share(w, e->batch->rows * (m->heads + m->kv_heads), 1, &from, &to);
-  for (int item = from; item < to; item++) {
-    int row = item / (m->heads + m->kv_heads), head = item % (m->heads + m->kv_heads), is_key = head >= m->heads;
-    float *x = e->qkv + ((size_t)row * heads + head) * dim;
-    const float *norm = is_key ? layer->k_norm : layer->q_norm;
-    size_t table = ((size_t)layer->rope * m->max_rows + row) * (dim / 2);
-    if (layer->qkv_bias)
-      for (int i = 0; i < dim; i++) x[i] += layer->qkv_bias[head * dim + i];
-    if (norm) rms_norm(x, norm, dim, m->eps, x);
-    rotate(x, x + dim / 2, e->rope_cos + table, e->rope_sin + table, dim / 2);
-    if (!is_key && !m->kv_f32) { /* in place, as the keys are kept */
-      uint16_t *half = (uint16_t *)w->scratch;
-      for (int i = 0; i < dim; i += 16) store_bf16(half + i, load16(x + i));
-      memcpy(x, half, (size_t)dim * 2);
-    }
-    if (!is_key) continue;
-    float *value = x + (size_t)m->kv_heads * dim;
-    if (layer->qkv_bias)
-      for (int i = 0; i < dim; i++) value[i] += layer->qkv_bias[(head + m->kv_heads) * dim + i];
-    Segment *s = e->batch->segment + segment_of(e->batch, row);
-    size_t region = (size_t)l * m->kv_heads + (head - m->heads);
-    write_kv(s, region, dim, s->base + row - s->first_row, x, value, m->kv_f32);
+  int dim = m->dim, is_query = head < m->heads, is_value = head >= m->heads + m->kv_heads;
+  float *x = e->qkv + ((size_t)row * (m->heads + 2 * m->kv_heads) + head) * dim;
+  Segment *s = e->batch->segment + segment_of(e->batch, row);
+  size_t region = (size_t)l * m->kv_heads + (head - m->heads) % m->kv_heads;
+  int slot = s->base + row - s->first_row;
+  if (layer->qkv_bias)
+    for (int i = 0; i < dim; i++) x[i] += layer->qkv_bias[head * dim + i];
+  if (is_value) {
+    write_value(s, region, dim, slot, x, m->kv_f32);
+    return;
+  }
+  const float *norm = is_query ? layer->q_norm : layer->k_norm;
+  size_t table = ((size_t)layer->rope * m->max_rows + row) * (dim / 2);
+  if (norm) rms_norm(x, norm, dim, m->eps, x);
+  rotate(x, x + dim / 2, e->rope_cos + table, e->rope_sin + table, dim / 2);
+  if (!is_query) {
+    write_key(s, region, dim, slot, x, m->kv_f32);
+  } else if (!m->kv_f32) { /* in place, as the keys are kept */
+    uint16_t *half = (uint16_t *)w->scratch;
+    for (int i = 0; i < dim; i += 16) store_bf16(half + i, load16(x + i));
+    memcpy(x, half, (size_t)dim * 2);
   }
 }
 
+/* Queries, keys and values. A worker finishes the heads that it multiplied, where it multiplies whole ones. */
+static void project_heads(Worker *w, int l, Choice choice, const Acts *acts) {
+  Engine *e = w->engine;
+  const Model *m = &e->model;
+  int heads = m->heads + 2 * m->kv_heads, rows = e->batch->rows, from, to;
+  share(w, heads, 1, &from, &to);
+  if (owns_heads(e)) {
+    multiply_tiles(choice, acts, rows, e->qkv, heads * m->dim, 0, from * m->dim / 16, to * m->dim / 16);
+  } else {
+    multiply(w, choice, acts, rows, e->qkv, heads * m->dim, 0);
+    barrier(w);
+  }
+  for (int row = 0; row < rows; row++)
+    for (int head = from; head < to; head++) finish_head(w, l, row, head);
+}
+
 /* x += (sandwich norm of) matrix times activations. */
-static void project_back(Worker *w, Choice choice, const float *norm_out) {
+static void project_back(Worker *w, Choice choice, const Acts *acts, const float *norm_out) {
   Engine *e = w->engine;
   int hidden = e->model.hidden, rows = e->batch->rows, from, to;
   if (!norm_out) {
-    multiply(w, choice, &e->inner, rows, e->x, hidden, 1);
+    multiply(w, choice, acts, rows, e->x, hidden, 1);
     return;
   }
-  multiply(w, choice, &e->inner, rows, e->qkv, hidden, 0);
-  barrier(&e->pool);
+  multiply(w, choice, acts, rows, e->qkv, hidden, 0);
+  barrier(w);
   share(w, rows, 1, &from, &to);
   for (int row = from; row < to; row++) {
     rms_norm(e->qkv + (size_t)row * hidden, norm_out, hidden, e->model.eps, w->scratch);

@@ -43,31 +43,33 @@ typedef struct {
   float *errors;            /* [rows][layers][MATRICES] estimated rounding errors of graded layers; or NULL */
 } Batch;
 
+typedef struct {
+  float value;
+  int32_t at;
+} Top;
+
 typedef struct Engine Engine;
 typedef struct {
   Engine *engine;
   int id;
   float *scratch;
   uint8_t *is_wide; /* [max_rows] of its latest choice */
+  Top *top;         /* [max_rows] the largest logit of its share of the vocabulary; at -1: one is not finite */
+  uint64_t waited, busy; /* clock ticks of the latest pass: at barriers, and of work */
+  Acts own;         /* of up to ALONE rows, where every worker prepares what it multiplies for itself */
 } Worker;
 
 struct Engine {
   Model model;
   Batch *batch;
   Pool pool;
+  float *bound; /* [threads + 1] from 0 to 1: worker i does what lies between bound[i] and bound[i + 1] of a step's work */
   pthread_t *thread;
   Worker *worker;
   float *x, *qkv, *attn, *rope_cos, *rope_sin; /* [rows][...] work space */
   float *partials;                             /* of attention whose chunks are shared out: [unit][QUERIES][partial_size] */
   Acts acts, inner;                            /* normed x; what o and down multiply */
 };
-/* The worker's share of n items, as even as it gets, in blocks of `block`. */
-INLINE void share(const Worker *w, int n, int block, int *from, int *to) {
-  int blocks = (n + block - 1) / block, t = w->engine->pool.threads;
-  *from = blocks * w->id / t * block;
-  *to = blocks * (w->id + 1) / t * block;
-  if (*to > n) *to = n;
-}
 
 static int segment_of(const Batch *b, int row) {
   int s = 0;

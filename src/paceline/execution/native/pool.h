@@ -5,6 +5,19 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <stdint.h>
+#include <time.h>
+
+/* A clock that is cheap to read. */
+static uint64_t ticks(void) {
+#if defined(__x86_64__) || defined(__i386__)
+  return __builtin_ia32_rdtsc();
+#else
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+#endif
+}
 
 typedef struct {
   int threads, stop;
@@ -41,7 +54,7 @@ static void announce(Pool *p, atomic_int *word) {
   pthread_mutex_unlock(&p->lock);
 }
 
-static void barrier(Pool *p) {
+static void meet(Pool *p) {
   if (p->threads == 1) return;
   int phase = atomic_load(&p->phase);
   if (atomic_fetch_add(&p->arrived, 1) == p->threads - 1) {
