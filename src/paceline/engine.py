@@ -196,12 +196,11 @@ class Engine:
 
         taps = next((request.taps for request in requests if request.taps), ())
         drafted = perf_counter()
-        if taps or not self.runner.takes_late:
-            drafted = _settle(steps, drafted)
+        waited = _settle(steps) if taps or not self.runner.takes_late else 0.0
         segments = [r.segment(s.draft) for r, s in zip(requests, steps, strict=True)]
         output = self.runner.forward_tapped(segments, taps) if taps else self.runner.forward(segments)
-        verified = perf_counter()
-        verify_seconds = verified - _settle(steps, drafted)
+        verify_seconds = perf_counter() - drafted
+        verify_seconds -= waited + _settle(steps)
 
         first, outcomes = 0, []
         for request, step, segment in zip(requests, steps, segments, strict=True):
@@ -355,14 +354,16 @@ class Engine:
         return ids
 
 
-def _settle(steps: Sequence[Round], drafted: float) -> float:
-    """Wait for late tokens; returns when the last of them was there. drafted: when the drafts were, but for them."""
-    late = {step.plan.drafter for step in steps if step.draft.late is not None}
-    ended = max([drafted, *(step.settle() for step in steps)])
+def _settle(steps: Sequence[Round]) -> float:
+    """Wait for late tokens; returns the seconds that it took, which belong to drafting."""
+    waits: dict[str | None, float] = {}
     for step in steps:
-        if step.plan.drafter in late:
-            step.draft_seconds += ended - drafted
-    return ended
+        if (late := step.draft.late) is not None:
+            step.draft = step.draft.settled()
+            waits[step.plan.drafter] = late.waited
+    for step in steps:
+        step.draft_seconds += waits.get(step.plan.drafter, 0.0)
+    return sum(waits.values())
 
 
 def _fold(events: Iterator[StreamEvent]) -> GenerationResult:

@@ -88,8 +88,8 @@ class DecodedToken:
 class LateToken(ABC):
     """A token that a device still decodes while the host goes on: whoever needs it waits, and forwards on that device need not."""
 
-    known_at: float = 0.0
-    """`perf_counter` at the end of the first wait."""
+    waited: float = 0.0
+    """Seconds that the first wait took."""
 
     @abstractmethod
     def wait(self) -> DecodedToken:
@@ -253,11 +253,6 @@ class Round:
     draft: Draft = NO_DRAFT
     control_seconds: float = 0.0
     draft_seconds: float = 0.0
-
-    def settle(self) -> float:
-        """Wait for the draft's late token; returns when it was there, 0 if there is none."""
-        late, self.draft = self.draft.late, self.draft.settled()
-        return late.known_at if late is not None else 0.0
 
     def record(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -146,13 +147,19 @@ def test_only_a_late_token_may_be_unknown() -> None:
 # ---------- rounds ----------
 
 
+_WAIT = 0.02
+
+
 class Watched(LateToken):
-    """A late token that tells when it is waited for."""
+    """A late token that tells when it is waited for, and makes one wait."""
 
     def __init__(self, inner: LateToken, happened: list[str]) -> None:
         self._inner, self._happened = inner, happened
+        self.waited = _WAIT
 
     def wait(self) -> DecodedToken:
+        if self._happened[-1] != "wait":  # those of one step are there together
+            time.sleep(_WAIT)
         self._happened.append("wait")
         return self._inner.wait()
 
@@ -201,6 +208,8 @@ def test_nobody_waits_between_a_draft_and_a_forward_that_takes_late_tokens(
     assert drafted.count("forward" if takes_late else "wait") == len(drafted) > 5
     for prompt, result in zip(PROMPTS, made, strict=False):
         assert result.num_accepted > 0
+        assert all(step.draft_seconds > _WAIT for step in result.steps if step.num_drafted)
+        assert min(step.verify_seconds for step in result.steps if step.num_drafted) < _WAIT
         assert result.token_ids == engine.generate(prompt, params, plain=True).token_ids
 
 

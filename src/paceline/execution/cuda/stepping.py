@@ -49,7 +49,7 @@ class Line:
         nothing."""
         self._read, self.inputs = read, inputs
         self._tokens: list[DecodedToken] | None = None
-        self.known_at = 0.0
+        self.waited = 0.0
 
     @property
     def is_known(self) -> bool:
@@ -59,7 +59,9 @@ class Line:
     def tokens(self) -> list[DecodedToken]:
         """Waits for the step."""
         if self._tokens is None:
-            self._tokens, self.known_at = self._read(), perf_counter()
+            started = perf_counter()
+            self._tokens = self._read()
+            self.waited = perf_counter() - started
         return self._tokens
 
 
@@ -75,7 +77,7 @@ class InLine(LateToken):
 
     def wait(self) -> DecodedToken:
         tokens = self.line.tokens()
-        self.known_at = self.line.known_at
+        self.waited = self.line.waited
         return tokens[self.place]
 
 
@@ -243,8 +245,8 @@ def reference_steps(runner: Runner, jobs: Sequence[Decoding], feeds: Sequence[Se
         return found
 
     def leave() -> list[LateToken]:
-        line = Line(read, torch.zeros(0))
-        line.tokens()  # so that what was fed is in the cache
+        tokens = read()  # at once, so that what was fed is in the cache
+        line = Line(lambda: tokens, torch.zeros(0))
         return [InLine(line, place) for place in range(len(jobs))]
 
     return Stepping(lambda: None, read, leave)
