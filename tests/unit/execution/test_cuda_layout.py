@@ -43,6 +43,27 @@ def test_a_tree_is_described_by_depths_and_paths() -> None:
     assert here.blocks[:, :2].T.tolist() == [[0, 5, 1], [5, 2, 1]]
 
 
+def test_a_tree_behind_a_chain_is_described_as_alone() -> None:
+    together, alone, parents = layout(), layout(), [-1, 0, 0, 2]
+    alone.fill([Rows(1, 4, [3, 5, 6, 7], parents)], Shape(4, 2, 4, 1))
+    together.fill([Rows(2, 9, [1, 2, 8], None), Rows(1, 4, [3, 5, 6, 7], parents)], Shape(7, 2, 4, 1))
+    for name in ("tokens", "lengths", "depths", "indices", "sequences"):
+        assert torch.equal(getattr(together, name)[3:7], getattr(alone, name)[:4])
+    for row, depth in enumerate([0, 1, 1, 2]):
+        assert torch.equal(together.paths[3 + row, : depth + 1], alone.paths[row, : depth + 1])
+    assert together.paths[2, :3].tolist() == together.depths[:3].tolist() == [0, 1, 2]
+    assert together.lengths[:3].tolist() == [9] * 3
+    assert together.blocks[:, :2].T.tolist() == [[0, 3, 2], [3, 4, 1]]
+
+
+def test_a_twin_is_filled_from_memory_of_its_own() -> None:
+    here = layout()
+    twin = here.twin()
+    twin.fill([Rows(2, 9, [1, 2], None)], Shape(2, 1, 2, 1))
+    assert here.tokens.tolist() == [0] * 64
+    assert not {stage.data_ptr() for stage in here._stages} & {stage.data_ptr() for stage in twin._stages}
+
+
 def test_rows_that_only_fill_the_bucket_belong_to_no_sequence() -> None:
     here = layout()
     here.fill([Rows(2, 9, [1, 2], None)], Shape(4, 1, 5, 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -55,8 +56,8 @@ class Drawer:
         """Send the random numbers of draws ahead: of each row those for `line` and the following ones, round and round."""
         lines, count = len(self._sent), max(map(len, numbers))
         table = self._sent.numpy()
-        for row, ahead in enumerate(numbers):
-            table[(line + np.arange(len(ahead))) % lines, row] = np.array(ahead, dtype=np.uint64) << np.uint64(_SHIFT)
+        ahead = np.array(list(zip_longest(*numbers, fillvalue=0)), dtype=np.uint64) << np.uint64(_SHIFT)
+        table[(line + np.arange(count)) % lines, : len(numbers)] = ahead
         for start, end in ((line, min(line + count, lines)), (0, line + count - lines)):
             if start < end:
                 self._numbers[start:end].copy_(self._sent[start:end], non_blocking=True)

@@ -143,6 +143,7 @@ class PagedCache:
         pages = torch.tensor(sequence.pages, dtype=torch.int64)[slots // PAGE]
         return pages.to(self.keys.device), (slots % PAGE).to(self.keys.device)
 
+    @torch.inference_mode()
     def _move(self, sequence: PagedSequence, moves: list[tuple[int, int]]) -> None:
         base = sequence.committed
         slots = torch.tensor([[base + row, base + place] for row, place in moves])

@@ -151,8 +151,7 @@ class CudaRunner(Runner):
             return self._cache.fork(self._own(sequence))
 
     def accept(self, sequence: SequenceHandle, rows: Sequence[int]) -> None:
-        with torch.inference_mode(), self._here():
-            self._cache.accept(self._own(sequence), rows)
+        self._cache.accept(self._own(sequence), rows)
 
     def truncate(self, sequence: SequenceHandle, length: int) -> None:
         self._cache.truncate(self._own(sequence), length)
@@ -301,7 +300,7 @@ class CudaRunner(Runner):
         batch = [self._rows(segment, offset) for segment in segments]
         forwards.run(batch)
         if line is not None:
-            line.tokens()  # before the forward's own: so the draft's time is told from the forward's
+            line.tokens()  # before those of the forward: so the draft's time is told from the forward's
         rows: list[int] = []
         start = 0
         for segment, part in zip(segments, batch, strict=True):
@@ -352,7 +351,7 @@ class CudaRunner(Runner):
         return sequence
 
     def _here(self) -> AbstractContextManager[Any]:
-        return torch.cuda.device(self._device) if self._captures else nullcontext()
+        return torch.cuda.device(self._device.index) if self._captures else nullcontext()
 
 
 def _wanted(segment: Segment) -> int:
