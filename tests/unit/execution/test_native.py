@@ -24,8 +24,13 @@ PRECISIONS = ("fp32", "bf16", "int8", "int4")
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.08, "int4": 0.9}
 """Relative to the norm of the logits; random weights of large scale make rounding look worse than trained ones do."""
 
+WIDE = {"llama_64": 64, "qwen2_sliding_32": 32, "qwen3_160": 160}
+"""Heads of a multiple of 32, which go through the matrix unit where the processor has one, and their dimensions."""
+
 for _name in ARCHITECTURES:  # the kernels want heads of a multiple of 16
     EXTRA_CONFIGS[f"native_{_name}"] = {**CONFIGS[_name], "head_dim": 16, "max_position_embeddings": 4 * MAX_ROWS}
+for _name, _dim in WIDE.items():
+    EXTRA_CONFIGS[f"native_{_name}"] = {**EXTRA_CONFIGS[f"native_{_name.rpartition('_')[0]}"], "head_dim": _dim}
 
 pytestmark = pytest.mark.skipif(isinstance(build.load_library(), str), reason=str(build.load_library()))
 
@@ -47,7 +52,7 @@ def logits_of(run: NativeRunner, tokens: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *WIDE])
 def test_logits_are_those_of_the_stock_model(name: str, precision: str) -> None:
     tokens = ids(40)
     with torch.no_grad():
@@ -57,7 +62,7 @@ def test_logits_are_those_of_the_stock_model(name: str, precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", *WIDE])
 def test_a_row_has_the_same_bits_alone_in_a_chain_and_in_a_tree(name: str, precision: str) -> None:
     run, tokens = runner(name, precision), ids(30)
     whole = logits_of(run, tokens)
@@ -78,8 +83,8 @@ def test_a_row_has_the_same_bits_alone_in_a_chain_and_in_a_tree(name: str, preci
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["llama", "qwen2_sliding"])
-@pytest.mark.parametrize("prefix", [119, 126, 127, 128, 255])
+@pytest.mark.parametrize("name", ["llama", "qwen2_sliding", *WIDE])
+@pytest.mark.parametrize("prefix", [90, 119, 126, 127, 128, 255])
 def test_a_tree_across_a_chunk_of_the_cache_has_the_bits_of_its_paths(name: str, precision: str, prefix: int) -> None:
     run, tokens = runner(name, precision), ids(prefix + 12)
     other = [*tokens[: prefix + 1], *ids(11, seed=50)]
@@ -95,10 +100,11 @@ def test_a_tree_across_a_chunk_of_the_cache_has_the_bits_of_its_paths(name: str,
     assert torch.equal(out[[0, *range(2, 23, 2)]], paths[1])
 
 
+@pytest.mark.parametrize("name", ["llama", "llama_64"])
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_many_sequences_of_several_chunks_have_the_bits_that_each_has_alone(precision: str) -> None:
+def test_many_sequences_of_several_chunks_have_the_bits_that_each_has_alone(name: str, precision: str) -> None:
     """Few queries share their chunks out among the threads; many do not."""
-    run, segments, want = runner("llama", precision), [], []
+    run, segments, want = runner(name, precision), [], []
     for i in range(12):
         tokens = ids(100 + 40 * i, seed=1000 * i)
         want.append(logits_of(run, tokens)[-3:])
@@ -111,9 +117,12 @@ def test_many_sequences_of_several_chunks_have_the_bits_that_each_has_alone(prec
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 9)), min_size=1, max_size=4), st.sampled_from(["fp32", "int4"]))
-def test_a_ragged_batch_gives_each_row_the_bits_it_has_alone(shapes: list[tuple[int, int]], precision: str) -> None:
-    run = runner("llama", precision)
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(1, 9)), min_size=1, max_size=4),
+    st.sampled_from([("llama", "fp32"), ("llama", "int4"), ("llama_64", "int4")]),
+)
+def test_a_ragged_batch_gives_each_row_the_bits_it_has_alone(shapes: list[tuple[int, int]], model: tuple[str, str]) -> None:
+    run = runner(*model)
     segments, want = [], []
     for i, (prefix, new) in enumerate(shapes):
         tokens = ids(prefix + new, seed=100 * i)

@@ -11,15 +11,18 @@
 #ifndef PACELINE_ATTENTION_H
 #define PACELINE_ATTENTION_H
 
-#include "vec.h"
+#include "tiles.h"
 
 /* Sums stay in registers only if every loop over them is unrolled. */
 #define UNROLL _Pragma("GCC unroll 16")
 #define CHUNK 128
-#define QUERIES 12
+#define QUERIES TILE_ROWS /* that go together at most */
+#define VECTOR_QUERIES 12 /* without a matrix unit */
+#define WIDEST_TILED 256  /* largest head that goes through the matrix unit */
 #define MAX_TREE 64
 #define TAIL (MAX_TREE + 32)                         /* scores of a tree's rows, from a multiple of 16 */
-#define ATTENTION_SCRATCH (QUERIES * (CHUNK + CHUNK / 2 + TAIL)) /* floats, and one partial result */
+/* Floats, and one partial result: scores, their tails, weights, queries side by side, sums. */
+#define ATTENTION_SCRATCH (QUERIES * (CHUNK + TAIL + CHUNK / 2 + WIDEST_TILED / 2 + 64))
 
 typedef struct {
   uint8_t *keys, *values; /* [layers][kv heads] regions as above */
@@ -32,6 +35,7 @@ typedef struct {
 
 typedef struct {
   int dim, window, kv_f32;
+  int tiled; /* through the matrix unit */
   float scale;
   const uint64_t *ancestors; /* per row of the batch: bit i = row i of its segment is an ancestor or itself */
   const int32_t *positions;
@@ -121,7 +125,7 @@ INLINE void score_blocks(const Queries *b, const Segment *s, size_t at, const At
       UNROLL for (int r = 0; r < rows; r++) acc[r * blocks + j] = multiply_words(acc[r * blocks + j], k, splat(b->q[r][d]), f32);
     }
   UNROLL for (int r = 0; r < rows; r++)
-    UNROLL for (int j = 0; j < blocks; j++) store16(scores + (size_t)r * stride + 16 * j, acc[r * blocks + j] * splat(a->scale));
+    UNROLL for (int j = 0; j < blocks; j++) store16(scores + (size_t)r * stride + 16 * j, acc[r * blocks + j]);
 }
 
 INLINE void score_rows(const Queries *b, const Segment *s, size_t at, const AttentionSpec *a, const int rows, int block, int last,
@@ -189,22 +193,22 @@ static void pad_queries(Queries *b, float *spare) {
   for (int i = b->count; i < b->width; i++) b->q[i] = b->q[0], b->out[i] = spare;
 }
 
-/* w[0 .. 16 blocks) becomes exp(w - top), zero outside [from, to); half the same as bf16. Leaves top and the lanes of the total in out. */
-static void softmax(float *w, uint16_t *half, int blocks, int from, int to, float *out) {
+/* w[0 .. 16 blocks) becomes exp(scale * w - top), zero outside [from, to); half the same as bf16. Leaves top and the lanes of the
+ * total in out. */
+static void softmax(float *w, uint16_t *half, int blocks, int from, int to, float scale, float *out) {
   const v16i lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   v16 top = splat(-1e30f), total = splat(0);
   for (int i = 0; i < blocks; i++) {
-    v16 x = load16(w + 16 * i);
+    v16 x = load16(w + 16 * i) * splat(scale);
     if (16 * i < from || 16 * i + 16 > to) {
       v16i at = lane + splat_i(16 * i), seen = (at >= splat_i(from)) & (at < splat_i(to));
       x = (v16)(((v16i)x & seen) | ((v16i)splat(-1e30f) & ~seen));
-      store16(w + 16 * i, x);
     }
     top = vmax(top, x);
   }
   v16 largest = splat(hmax(top));
   for (int i = 0; i < blocks; i++) {
-    v16 e = vexp(load16(w + 16 * i) - largest);
+    v16 e = vexp(load16(w + 16 * i) * splat(scale) - largest);
     if (16 * i < from || 16 * i + 16 > to) {
       v16i at = lane + splat_i(16 * i), seen = (at >= splat_i(from)) & (at < splat_i(to));
       e = (v16)((v16i)e & seen);
@@ -224,49 +228,93 @@ static int path_of(uint64_t ancestors, uint8_t *path) {
   return n;
 }
 
+/* The word of values, columns c .. c + 16, of the path's slots `slot` and (in pairs) slot + 1, wherever these lie. */
+INLINE v16i path_values(const Segment *s, size_t at, const AttentionSpec *a, const uint8_t *path, int slot, int to, int c, const int f32) {
+  int real[2];
+  for (int j = 0; j < 2; j++) {
+    int wanted = slot + j < to ? slot + j : slot; /* beyond the end the weight is zero */
+    real[j] = wanted < s->base ? wanted : s->base + path[wanted - s->base];
+  }
+  v16i low = (v16i)load_words(s->values, at + (size_t)(real[0] >> !f32) * a->dim + c);
+  if (f32) return low;
+  v16i high = (v16i)load_words(s->values, at + (size_t)(real[1] >> 1) * a->dim + c);
+  if (real[0] % 2) low = low >> 16;
+  if (real[1] % 2 == 0) high = high << 16;
+  return (low & splat_i(0xffff)) | (high & splat_i((int32_t)0xffff0000));
+}
+
 /* Slots of a path from `from`, which lie on a branch, are added to a query's sum: as the value kernels do, wherever the slots are. */
 INLINE void sum_branch(const Segment *s, size_t at, const AttentionSpec *a, const uint8_t *path, int from, int to, const float *weights,
                        float *sum, const int f32) {
-  for (int slot = from, i = 0; slot < to; slot += 2 - f32, i++) {
-    int real[2];
-    for (int j = 0; j < 2; j++) {
-      int wanted = slot + j < to ? slot + j : slot; /* beyond the end the weight is zero */
-      real[j] = wanted < s->base ? wanted : s->base + path[wanted - s->base];
-    }
+  for (int slot = from, i = 0; slot < to; slot += 2 - f32, i++)
     for (int c = 0; c < a->dim; c += 16) {
-      v16i low = (v16i)load_words(s->values, at + (size_t)(real[0] >> !f32) * a->dim + c), v = low;
-      v16i high = (v16i)load_words(s->values, at + (size_t)(real[1] >> !f32) * a->dim + c);
-      if (real[0] % 2) low = low >> 16;
-      if (real[1] % 2 == 0) high = high << 16;
-      if (!f32) v = (low & splat_i(0xffff)) | (high & splat_i((int32_t)0xffff0000));
+      v16i v = path_values(s, at, a, path, slot, to, c, f32);
       store16(sum + c, multiply_words(load16(sum + c), (v16)v, splat(weights[i]), f32));
     }
+}
+
+/* As sum_branch, as the matrix unit adds: `from` is the first slot of a tile. */
+static void sum_branch_tiled(const Segment *s, size_t at, const AttentionSpec *a, const uint8_t *path, int from, int to,
+                             const float *weights, float *sum) {
+  unsigned before = flush_denormals();
+  for (; from < to; from += TILE_INPUTS, weights += TILE_INPUTS / 2)
+    for (int c = 0; c < a->dim; c += 16) {
+      v16 even = splat(0), odd = splat(0);
+      for (int i = 0; i < TILE_INPUTS / 2 && from + 2 * i < to; i++) {
+        v16i v = path_values(s, at, a, path, from + 2 * i, to, c, 0), w = (v16i)splat(weights[i]);
+        even = FMA(bf16_low(w), bf16_low(v), even);
+        odd = FMA(bf16_high(w), bf16_high(v), odd);
+      }
+      store16(sum + c, load16(sum + c) + (even + odd));
+    }
+  restore_denormals(before);
+}
+
+/* Scores of key blocks [block, last) through the matrix unit; queries lie side by side. */
+static void score_tiled(const uint16_t *queries, const Segment *s, size_t at, int dim, int block, int last, float *scores, int stride) {
+  size_t from = 4 * (at + (size_t)block * dim * 8);
+  tile_scores(queries, s->keys + from, s->values + from, dim, last - block, scores, stride);
+}
+
+/* out[r] sum = weights times values of `tiles` tiles of 32 slots from word `at`, through the matrix unit. */
+static void sum_values_tiled(const Queries *b, const Segment *s, size_t at, int dim, int tiles, const uint16_t *weights, float *sums) {
+  for (int column = 0; column < dim; column += 64) {
+    const uint8_t *ahead = s->keys + 4 * (at + (size_t)CHUNK * dim / 2);
+    tile_values(weights, CHUNK, s->values + 4 * at, ahead, dim, column, tiles, sums);
+    for (int r = 0; r < b->count; r++)
+      for (int c = 0; c < 64 && column + c < dim; c += 16) store16(b->out[r] + 32 + column + c, load16(sums + 64 * r + c));
   }
 }
 
 /* The partial results of all queries over the chunk from slot `first`; of use where a query's span meets it.
  * scratch: ATTENTION_SCRATCH + partial_size floats; its first [QUERIES][CHUNK] are left as exp(score - top). */
 static void attend_chunk(const Segment *s, size_t region, const AttentionSpec *a, Queries *b, int first, float *scratch) {
-  float *tail = scratch + QUERIES * CHUNK, *halves = tail + QUERIES * TAIL;
-  int pair = 2 - a->kv_f32, stride = CHUNK / pair;
+  float *tail = scratch + QUERIES * CHUNK, *halves = tail + QUERIES * TAIL, *sums = halves + QUERIES * CHUNK / 2;
+  uint16_t *queries = (uint16_t *)(sums + 64 * QUERIES);
+  int pair = 2 - a->kv_f32, stride = CHUNK / pair, unit = a->tiled ? TILE_INPUTS : 16, branch_unit = a->tiled ? TILE_INPUTS : pair;
   const float *weights = a->kv_f32 ? scratch : halves;
   size_t at = region * words_of(s, a->dim, a->kv_f32);
   int low = first + CHUNK, high = first, end = 0; /* of all queries: slots in the chunk, end of the longest path */
   Span span[QUERIES];
-  pad_queries(b, scratch + ATTENTION_SCRATCH);
+  if (a->tiled)
+    for (int r = 0; r < b->count; r++) memcpy(queries + r * a->dim, b->q[r], (size_t)a->dim * 2);
+  else pad_queries(b, scratch + ATTENTION_SCRATCH);
   for (int r = 0; r < b->count; r++) {
     span[r] = span_of(s, a, b->row_of[r]);
     if (span[r].start < low) low = span[r].start;
     if (span[r].end > end) end = span[r].end;
   }
-  low = low < first ? first : low & ~15;
+  low = low < first ? first : low - (low - first) % unit;
   high = end < first + CHUNK ? end : first + CHUNK;
   int branches = s->is_tree && high > s->base; /* slots of a path from `base` on are not slots of the cache */
   int trunk = branches ? s->base : high;
-  if (trunk > low) score(b, s, at, a, low / 16, (trunk + 15) / 16, scratch + low - first, CHUNK);
+  if (trunk > low && a->tiled) score_tiled(queries, s, at, a->dim, low / 16, (trunk + 15) / 16, scratch + low - first, CHUNK);
+  else if (trunk > low) score(b, s, at, a, low / 16, (trunk + 15) / 16, scratch + low - first, CHUNK);
   uint8_t path[QUERIES][MAX_TREE];
   if (branches) {
-    score(b, s, at, a, s->base / 16, (s->base + s->num_rows + 15) / 16, tail, TAIL);
+    int from = s->base / 16, to = (s->base + s->num_rows + 15) / 16;
+    if (a->tiled) score_tiled(queries, s, at, a->dim, from, to, tail, TAIL);
+    else score(b, s, at, a, from, to, tail, TAIL);
     for (int r = 0; r < b->count; r++) {
       int n = path_of(a->ancestors[s->first_row + b->row_of[r]], path[r]);
       for (int i = 0; i < n; i++) {
@@ -277,16 +325,22 @@ static void attend_chunk(const Segment *s, size_t region, const AttentionSpec *a
   }
   for (int r = 0; r < b->count; r++) {
     int to = span[r].end < high ? span[r].end : high;
-    softmax(scratch + r * CHUNK + low - first, (uint16_t *)(halves + r * CHUNK / 2) + low - first, (high - low + 15) / 16,
-            span[r].start - low, to - low, b->out[r]);
+    softmax(scratch + r * CHUNK + low - first, (uint16_t *)(halves + r * CHUNK / 2) + low - first,
+            (high - low + unit - 1) / unit * (unit / 16), span[r].start - low, to - low, a->scale, b->out[r]);
   }
-  if (branches) trunk -= trunk % pair;
-  int words = trunk > low ? (trunk - low + pair - 1) / pair : 0;
-  sum_values(b, s, at + (size_t)(low / pair) * a->dim, a, words, weights + (low - first) / pair);
+  if (branches) trunk -= (trunk - first) % branch_unit;
+  size_t values = at + (size_t)(low / pair) * a->dim;
+  if (a->tiled) {
+    int tiles = trunk > low ? (trunk - low + TILE_INPUTS - 1) / TILE_INPUTS : 0;
+    sum_values_tiled(b, s, values, a->dim, tiles, (uint16_t *)halves + low - first, sums);
+  } else {
+    sum_values(b, s, values, a, trunk > low ? (trunk - low + pair - 1) / pair : 0, weights + (low - first) / pair);
+  }
   for (int r = 0; branches && r < b->count; r++) {
     int from = trunk > low ? trunk : low, to = span[r].end < high ? span[r].end : high;
     const float *w = weights + r * stride + (from - first) / pair;
     if (a->kv_f32) sum_branch(s, at, a, path[r], from, to, w, b->out[r] + 32, 1);
+    else if (a->tiled) sum_branch_tiled(s, at, a, path[r], from, to, w, b->out[r] + 32);
     else sum_branch(s, at, a, path[r], from, to, w, b->out[r] + 32, 0);
   }
 }

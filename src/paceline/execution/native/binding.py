@@ -66,6 +66,8 @@ def declare(library: ctypes.CDLL) -> None:
     library.paceline_open.restype = c_void_p
     library.paceline_forward.argtypes = [c_void_p, POINTER(Batch)]
     library.paceline_forward.restype = None
+    library.paceline_tiled.argtypes = [c_void_p]
+    library.paceline_tiled.restype = ctypes.c_int
     library.paceline_move_slot.argtypes = [c_void_p, POINTER(Segment), ctypes.c_int, ctypes.c_int]
     library.paceline_move_slot.restype = None
     library.paceline_close.argtypes = [c_void_p]

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from paceline import compiled
 
-ABI_VERSION = 6
+ABI_VERSION = 7
+_HEADERS = ("attention", "grades", "heads", "layer", "linear", "model", "pool", "share", "tiles", "vec")
 KERNELS = compiled.Sources(
     name="kernels",
     folder=Path(__file__).parent,
-    files=("kernel.c", "heads.h", "layer.h", "model.h", "attention.h", "grades.h", "linear.h", "pool.h", "share.h", "vec.h"),
+    files=("kernel.c", *(f"{name}.h" for name in _HEADERS)),
     flags=("-O3", "-march=native", "-ffp-contract=off", "-Wno-psabi"),
     libraries=("-lm", "-lpthread"),
     abi=("paceline_abi", ABI_VERSION),

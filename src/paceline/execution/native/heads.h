@@ -6,7 +6,7 @@
 
 #define UNITS_PER_THREAD 4
 
-/* Work of one segment: blocks of up to QUERIES queries for each kv head. */
+/* Work of one segment: blocks of up to `queries` queries for each kv head. */
 typedef struct {
   Segment *segment;
   int queries, blocks, chunks;
@@ -15,7 +15,17 @@ typedef struct {
 static Part part_of(const Engine *e, int segment) {
   Segment *s = e->batch->segment + segment;
   int queries = s->num_rows * (e->model.heads / e->model.kv_heads); /* of one kv head, row by row */
-  return (Part){s, queries, (queries + QUERIES - 1) / QUERIES, (s->base + s->num_rows - 1) / CHUNK + 1};
+  return (Part){s, queries, (queries + e->queries - 1) / e->queries, (s->base + s->num_rows - 1) / CHUNK + 1};
+}
+
+/* Queries of the largest block. */
+static int most_queries(const Engine *e) {
+  int most = 1;
+  for (int i = 0; i < e->batch->segments; i++) {
+    int queries = part_of(e, i).queries;
+    if (queries > most) most = queries;
+  }
+  return most < e->queries ? most : e->queries;
 }
 
 /* Few blocks do not fill the threads evenly: then their chunks are shared out, and joined after a barrier. */
@@ -27,13 +37,13 @@ static int shares_chunks(const Engine *e) {
 
 static AttentionSpec attention_spec(const Engine *e, int l) {
   const Model *m = &e->model;
-  return (AttentionSpec){m->dim, m->layer[l].window, m->kv_f32, m->attention_scale, e->batch->ancestors, e->batch->positions};
+  return (AttentionSpec){m->dim, m->layer[l].window, m->kv_f32, e->tiled, m->attention_scale, e->batch->ancestors, e->batch->positions};
 }
 
 static Queries queries_of(const Engine *e, const Part *p, int kv_head, int block) {
   const Model *m = &e->model;
-  int group = m->heads / m->kv_heads, first = block * QUERIES, width = m->heads + 2 * m->kv_heads;
-  Queries b = {.count = p->queries - first < QUERIES ? p->queries - first : QUERIES};
+  int group = m->heads / m->kv_heads, first = block * e->queries, width = m->heads + 2 * m->kv_heads;
+  Queries b = {.count = p->queries - first < e->queries ? p->queries - first : e->queries};
   for (int i = 0; i < b.count; i++) {
     b.row_of[i] = (first + i) / group;
     b.q[i] = e->qkv + ((size_t)(p->segment->first_row + b.row_of[i]) * width + kv_head * group + (first + i) % group) * m->dim;
@@ -80,7 +90,7 @@ static void attend_block(Worker *w, int l, const Part *p, int kv_head, int block
       if (span[r].start < first && span[r].end > first) join(all + r * size, next + r * size, m->dim);
   }
   for (int r = 0; r < b.count; r++) {
-    size_t head = (size_t)kv_head * group + (block * QUERIES + r) % group;
+    size_t head = (size_t)kv_head * group + (block * e->queries + r) % group;
     finish(all + r * size, m->dim, e->attn + ((size_t)(s->first_row + b.row_of[r]) * m->heads + head) * m->dim);
   }
   if (e->batch->mass) add_mass(s, region, &spec, &b, all, e->batch->mass + region * (size_t)e->batch->mass_stride, w->scratch);
@@ -143,27 +153,34 @@ static void join_head(Worker *w, int l, int row, int head, float *out) {
   int query = (row - p.segment->first_row) * group + head % group;
   int first = span.start / CHUNK, last = (span.end - 1) / CHUNK;
   for (int chunk = first; chunk <= last; chunk++) {
-    size_t of_chunk = unit + ((size_t)(head / group) * p.chunks + chunk) * p.blocks + query / QUERIES;
-    const float *part = e->partials + (of_chunk * QUERIES + query % QUERIES) * size;
+    size_t of_chunk = unit + ((size_t)(head / group) * p.chunks + chunk) * p.blocks + query / e->queries;
+    const float *part = e->partials + (of_chunk * QUERIES + query % e->queries) * size;
     if (chunk == first) memcpy(w->scratch, part, (size_t)size * 4);
     else join(w->scratch, part, m->dim);
   }
   finish(w->scratch, m->dim, out);
 }
 
+/* Whether every worker joins all heads for itself. With many partial results it is better to join mainly one's own, and to meet. */
+static int joins_alone(const Engine *e, int split) {
+  int chunks = 0;
+  for (int i = 0; split && i < e->batch->segments; i++) chunks += e->batch->segment[i].num_rows * part_of(e, i).chunks;
+  return e->batch->rows <= ALONE && chunks <= 4;
+}
+
 /* Attention's result in the form that o multiplies. */
 static const Acts *attended(Worker *w, int l) {
   Engine *e = w->engine;
   const Model *m = &e->model;
-  int split = shares_chunks(e), alone = e->batch->rows <= ALONE, heads = m->dim % 32 ? m->heads : 1; /* that fill groups of 32 */
-  int units = m->heads / heads, width = heads * m->dim, from = 0, to = e->batch->rows * units;
+  int split = shares_chunks(e), alone = joins_alone(e, split), heads = m->dim % 32 ? m->heads : 1; /* that fill groups of 32 */
+  int rows = e->batch->rows, width = heads * m->dim, from = 0, to = rows * (m->heads / heads);
   Acts *acts = alone ? &w->own : &e->inner;
   float *joined = w->scratch + partial_size(m->dim);
   if (!alone) share(w, to, 1, &from, &to);
-  for (int i = from; i < to; i++) {
-    int row = i / units, at = i % units * width;
+  for (int i = from; i < to; i++) { /* head by head, as they were shared out */
+    int row = i % rows, first = i / rows * heads, at = first * m->dim;
     const float *found = e->attn + (size_t)row * m->heads * m->dim + at;
-    for (int h = 0; split && h < heads; h++) join_head(w, l, row, i % units * heads + h, joined + h * m->dim);
+    for (int h = 0; split && h < heads; h++) join_head(w, l, row, first + h, joined + h * m->dim);
     put_acts(acts, m->act_kind, m->heads * m->dim, row, at, split ? joined : found, width);
   }
   if (!alone) barrier(w);

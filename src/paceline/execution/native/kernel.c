@@ -8,7 +8,7 @@
 #include "heads.h"
 #include "layer.h"
 
-#define ABI_VERSION 6
+#define ABI_VERSION 7
 
 static void embed(Worker *w) {
   Engine *e = w->engine;
@@ -146,6 +146,7 @@ static void run(Worker *w) {
   Engine *e = w->engine;
   uint64_t started = ticks();
   w->waited = 0;
+  if (e->tiled) open_tiles(most_queries(e));
   embed(w);
   barrier(w);
   for (int l = 0; l < e->batch->run_layers; l++) {
@@ -154,6 +155,7 @@ static void run(Worker *w) {
   }
   tap(w, e->batch->run_layers);
   if (e->batch->logit_rows) logits(w);
+  if (e->tiled) close_tiles();
   w->busy = ticks() - started - w->waited;
   barrier(w);
 }
@@ -178,6 +180,7 @@ static void *floats(size_t n) {
 
 int paceline_abi(void) { return ABI_VERSION; }
 int paceline_avx512(void) { return HAVE_AVX512; }
+int paceline_tiled(const Engine *e) { return e->tiled; }
 size_t paceline_tile_bytes(int kind, int k) { return tile_bytes(kind, k); }
 
 static void open_acts(Acts *a, const Model *m, size_t values) {
@@ -203,6 +206,8 @@ Engine *paceline_open(const Model *model, int threads, int max_slots) {
   const Model *m = &e->model;
   e->model = *model;
   e->pool.threads = threads;
+  e->tiled = !m->kv_f32 && m->dim % TILE_INPUTS == 0 && m->dim <= WIDEST_TILED && allow_tiles();
+  e->queries = e->tiled ? QUERIES : VECTOR_QUERIES;
   int qkv = (m->heads + 2 * m->kv_heads) * m->dim, widest = m->heads * m->dim;
   if (m->intermediate > widest) widest = m->intermediate;
   if (m->hidden > widest) widest = m->hidden;

@@ -63,6 +63,7 @@ struct Engine {
   Model model;
   Batch *batch;
   Pool pool;
+  int tiled, queries; /* attention through the matrix unit; queries that go together at most */
   float *bound; /* [threads + 1] from 0 to 1: worker i does what lies between bound[i] and bound[i + 1] of a step's work */
   pthread_t *thread;
   Worker *worker;

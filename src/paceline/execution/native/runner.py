@@ -75,6 +75,8 @@ class NativeRunner(Runner):
         self._weights = NativeWeights(spec, weights or merged_weights(source, spec), precision, MAX_ROWS)
         self.grades, self.matrix_weights = self._weights.grades, spec.matrix_weights
         self._engine = self._open_engine(context)
+        vectors = "AVX-512 VNNI" if library.paceline_avx512() else "portable vectors"
+        tiles = ("attention by the matrix unit (AMX)",) if library.paceline_tiled(self._engine) else ()
         self.info = RunnerInfo(
             backend="native",
             precision=precision,
@@ -82,7 +84,7 @@ class NativeRunner(Runner):
             vocab_size=spec.vocab,
             max_context=context,
             num_layers=spec.layers,
-            fast_paths=("compiled forward", "AVX-512 VNNI" if library.paceline_avx512() else "portable vectors"),
+            fast_paths=("compiled forward", vectors, *tiles),
             lost_paths=() if library.paceline_avx512() else ("AVX-512 VNNI: this processor lacks it",),
             deterministic_rows=True,
             weight_bytes=self._weights.bytes,
