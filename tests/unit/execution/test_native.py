@@ -165,6 +165,15 @@ def test_any_number_of_threads_gives_the_same_bits_while_their_shares_shift(name
         assert torch.equal(logits_of(alone, ids(rows)), logits_of(shared, ids(rows)))
 
 
+@pytest.mark.parametrize("length", [1, 440, 449, 1000])
+def test_caches_have_room_for_whole_blocks_that_the_matrix_unit_reads(length: int) -> None:
+    run = runner("llama_64", "bf16")
+    sequence = run.open()
+    prefill(run, sequence, ids(length))
+    assert sequence.capacity % 32 == 0
+    assert run.gather(sequence, torch.arange(length)).capacity % 32 == 0
+
+
 def test_a_prompt_longer_than_one_call_equals_its_pieces() -> None:
     run = runner("llama", "int8")
     tokens = ids(MAX_ROWS + 37)

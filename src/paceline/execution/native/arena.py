@@ -1,12 +1,15 @@
-"""One stretch of memory for all weights, in the order in which a pass reads them, on large pages where the system has them.
+"""Memory that a pass reads from end to end, on large pages where the system has them.
 
-Weights are streamed once a token: contiguous memory lets the prefetcher run across matrices, large pages spare it the page walks.
+Weights are streamed once a token, in one stretch and in the order of a pass: contiguous memory lets the prefetcher run across
+matrices, large pages spare it the page walks. Of a cache of keys and values, a little of every region is read at a time.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
+from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -23,13 +26,7 @@ class Arena:
 
     def __init__(self, capacity: int) -> None:
         """capacity: upper bound in bytes; what is not used costs address space only. Raises ResourceError."""
-        try:
-            self._memory = mmap.mmap(-1, capacity + 2 * _LARGE_PAGE)
-        except (OSError, ValueError) as error:
-            raise ResourceError(f"memory: no room for {capacity / 1e9:.1f} GB of weights") from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):  # advice only
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = _large_pages(capacity + _LARGE_PAGE, "weights")
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._used = -self._base % _LARGE_PAGE
 
@@ -41,3 +38,25 @@ class Arena:
         address = self._base + self._used
         self._used += (flat.size + _ALIGN - 1) // _ALIGN * _ALIGN
         return address
+
+
+def zeros(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
+    """As numpy's, on large pages where it fills some. Raises ResourceError."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size < _LARGE_PAGE:
+        return np.zeros(shape, dtype)
+    memory = _large_pages(size + _LARGE_PAGE, "keys and values")
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _LARGE_PAGE
+    return np.frombuffer(memory, np.uint8, count=size, offset=start).view(dtype).reshape(shape)
+
+
+def _large_pages(size: int, purpose: str) -> mmap.mmap:
+    """Private memory: what processes share is never on large pages by default."""
+    try:
+        memory = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, ValueError) as error:
+        raise ResourceError(f"memory: no room for {size / 1e9:.1f} GB of {purpose}") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # advice only
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

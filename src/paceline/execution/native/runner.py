@@ -25,6 +25,7 @@ from paceline.execution.base import (
     check_thresholds,
 )
 from paceline.execution.native import binding
+from paceline.execution.native.arena import zeros
 from paceline.execution.native.build import load_library
 from paceline.execution.native.sequence import NativeSequence, copy_rows, keys_of
 from paceline.execution.native.weights import KINDS, NativeWeights
@@ -35,6 +36,8 @@ MAX_ROWS = 512
 """Rows of one call of the kernels; longer prompts go in pieces."""
 MAX_TREE = 64
 _FIRST_CAPACITY = 512
+_BLOCK = 32
+"""Capacities are multiples of these slots: the matrix unit reads so many values at once, with weight zero behind the last."""
 
 
 def default_threads() -> int:
@@ -193,16 +196,16 @@ class NativeRunner(Runner):
         return self._allocate(min(_FIRST_CAPACITY, self._slots(self.info.max_context)))
 
     def _slots(self, length: int) -> int:
-        """Capacity for `length` committed tokens and a tree beyond them, in whole blocks of 16."""
-        return (length + MAX_TREE + 15) // 16 * 16
+        """Capacity for `length` committed tokens and a tree beyond them, in whole blocks."""
+        return math.ceil((length + MAX_TREE) / _BLOCK) * _BLOCK
 
     def _allocate(self, capacity: int) -> NativeSequence:
         regions = self.spec.layers * self.spec.kv_heads
         pair = 1 if self._kv_dtype == np.float32 else 2
         try:
-            keys = np.zeros((regions, capacity // 16, self.spec.head_dim // pair, 16, pair), self._kv_dtype)
-            values = np.zeros((regions, capacity // pair, self.spec.head_dim, pair), self._kv_dtype)
-        except MemoryError as error:
+            keys = zeros((regions, capacity // 16, self.spec.head_dim // pair, 16, pair), self._kv_dtype)
+            values = zeros((regions, capacity // pair, self.spec.head_dim, pair), self._kv_dtype)
+        except (MemoryError, ResourceError) as error:
             raise ResourceError(f"memory: no room for a cache of {capacity} tokens; lower max_context") from error
         return NativeSequence(keys, values, capacity)
 
@@ -212,7 +215,7 @@ class NativeRunner(Runner):
         limit = self._slots(self.info.max_context)
         if slots > limit:
             raise ResourceError(f"context: {slots} tokens exceed max_context = {self.info.max_context}")
-        larger = self._allocate(min(max(2 * sequence.capacity, math.ceil(slots / 16) * 16), limit))
+        larger = self._allocate(min(max(2 * sequence.capacity, math.ceil(slots / _BLOCK) * _BLOCK), limit))
         larger.keys[:, : sequence.keys.shape[1]] = sequence.keys
         larger.values[:, : sequence.values.shape[1]] = sequence.values
         sequence.keys, sequence.values, sequence.capacity = larger.keys, larger.values, larger.capacity
