@@ -195,12 +195,12 @@ class Engine:
         steps, rows = self._draft(requests, controller)
 
         taps = next((request.taps for request in requests if request.taps), ())
-        drafted = perf_counter()
-        waited = _settle(steps) if taps or not self.runner.takes_late else 0.0
+        drafted, late = perf_counter(), self.runner.takes_late and not taps
+        waited = 0.0 if late else _settle(steps)
         segments = [r.segment(s.draft) for r, s in zip(requests, steps, strict=True)]
         output = self.runner.forward_tapped(segments, taps) if taps else self.runner.forward(segments)
         verify_seconds = perf_counter() - drafted
-        verify_seconds -= waited + _settle(steps)
+        verify_seconds -= _settle(steps) if late else waited
 
         first, outcomes = 0, []
         for request, step, segment in zip(requests, steps, segments, strict=True):
@@ -356,12 +356,12 @@ class Engine:
 
 def _settle(steps: Sequence[Round]) -> float:
     """Wait for late tokens; returns the seconds that it took, which belong to drafting."""
+    waiting = [step for step in steps if step.draft.late is not None]
     waits: dict[str | None, float] = {}
-    for step in steps:
-        if (late := step.draft.late) is not None:
-            step.draft = step.draft.settled()
-            waits[step.plan.drafter] = late.waited
-    for step in steps:
+    for step in waiting:
+        late, step.draft = step.draft.late, step.draft.settled()
+        waits[step.plan.drafter] = late.waited if late is not None else 0.0
+    for step in steps if waiting else ():
         step.draft_seconds += waits.get(step.plan.drafter, 0.0)
     return sum(waits.values())
 

@@ -6,8 +6,9 @@
  *
  * Cache layout of one (layer, kv head), in words of 32 bits: keys [capacity/16][D/P][16] (a lane is a position), values
  * [capacity/P][D]. At fp32 a word is a float (P = 1); else it is two bf16 (P = 2): neighbouring inputs of a key, neighbouring
- * slots of a value, as the processor's dot product of pairs wants them. A slot plus the segment's shift is its position; a sequence that keeps only some rows
- * has a shift, and its first slots hold rows of lower positions (in windowed layers: exactly those positions). */
+ * slots of a value, as the processor's dot product of pairs and its matrix unit want them. A slot plus the segment's shift is its
+ * position; a sequence that keeps only some rows has a shift, and its first slots hold rows of lower positions (in windowed layers:
+ * exactly those positions). */
 #ifndef PACELINE_ATTENTION_H
 #define PACELINE_ATTENTION_H
 
@@ -270,10 +271,12 @@ static void sum_branch_tiled(const Segment *s, size_t at, const AttentionSpec *a
   restore_denormals(before);
 }
 
-/* Scores of key blocks [block, last) through the matrix unit; queries lie side by side. */
-static void score_tiled(const uint16_t *queries, const Segment *s, size_t at, int dim, int block, int last, float *scores, int stride) {
-  size_t from = 4 * (at + (size_t)block * dim * 8);
-  tile_scores(queries, s->keys + from, s->values + from, dim, last - block, scores, stride);
+/* Scores of key blocks [block, last). queries: side by side, for the matrix unit. */
+static void score_any(const Queries *b, const uint16_t *queries, const Segment *s, size_t at, const AttentionSpec *a, int block,
+                      int last, float *scores, int stride) {
+  size_t from = 4 * (at + (size_t)block * a->dim * 8);
+  if (a->tiled) tile_scores(queries, s->keys + from, s->values + from, a->dim, last - block, scores, stride);
+  else score(b, s, at, a, block, last, scores, stride);
 }
 
 /* out[r] sum = weights times values of `tiles` tiles of 32 slots from word `at`, through the matrix unit. */
@@ -308,13 +311,10 @@ static void attend_chunk(const Segment *s, size_t region, const AttentionSpec *a
   high = end < first + CHUNK ? end : first + CHUNK;
   int branches = s->is_tree && high > s->base; /* slots of a path from `base` on are not slots of the cache */
   int trunk = branches ? s->base : high;
-  if (trunk > low && a->tiled) score_tiled(queries, s, at, a->dim, low / 16, (trunk + 15) / 16, scratch + low - first, CHUNK);
-  else if (trunk > low) score(b, s, at, a, low / 16, (trunk + 15) / 16, scratch + low - first, CHUNK);
+  if (trunk > low) score_any(b, queries, s, at, a, low / 16, (trunk + 15) / 16, scratch + low - first, CHUNK);
   uint8_t path[QUERIES][MAX_TREE];
   if (branches) {
-    int from = s->base / 16, to = (s->base + s->num_rows + 15) / 16;
-    if (a->tiled) score_tiled(queries, s, at, a->dim, from, to, tail, TAIL);
-    else score(b, s, at, a, from, to, tail, TAIL);
+    score_any(b, queries, s, at, a, s->base / 16, (s->base + s->num_rows + 15) / 16, tail, TAIL);
     for (int r = 0; r < b->count; r++) {
       int n = path_of(a->ancestors[s->first_row + b->row_of[r]], path[r]);
       for (int i = 0; i < n; i++) {
