@@ -26,16 +26,14 @@ class Arena:
 
     def __init__(self, capacity: int) -> None:
         """capacity: upper bound in bytes; what is not used costs address space only. Raises ResourceError."""
-        self._memory = _large_pages(capacity + _LARGE_PAGE, "weights")
-        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._used = -self._base % _LARGE_PAGE
+        self._bytes = _large_pages(capacity + _LARGE_PAGE, "weights")
+        self._used = 0
 
     def add(self, data: npt.NDArray[np.uint8]) -> int:
         """Copy an array in; returns its address (a multiple of 64)."""
         flat = np.ascontiguousarray(data).reshape(-1)
-        place = np.frombuffer(self._memory, np.uint8, count=flat.size, offset=self._used)
-        place[:] = flat
-        address = self._base + self._used
+        self._bytes[self._used : self._used + flat.size] = flat
+        address = int(self._bytes.ctypes.data) + self._used
         self._used += (flat.size + _ALIGN - 1) // _ALIGN * _ALIGN
         return address
 
@@ -45,18 +43,17 @@ def zeros(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size < _LARGE_PAGE:
         return np.zeros(shape, dtype)
-    memory = _large_pages(size + _LARGE_PAGE, "keys and values")
-    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _LARGE_PAGE
-    return np.frombuffer(memory, np.uint8, count=size, offset=start).view(dtype).reshape(shape)
+    return _large_pages(size, "keys and values").view(dtype).reshape(shape)
 
 
-def _large_pages(size: int, purpose: str) -> mmap.mmap:
-    """Private memory: what processes share is never on large pages by default."""
+def _large_pages(size: int, purpose: str) -> npt.NDArray[np.uint8]:
+    """Bytes from the start of a large page on. Private memory: what processes share is never on large pages by default."""
     try:
-        memory = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, size + 2 * _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError) as error:
         raise ResourceError(f"memory: no room for {size / 1e9:.1f} GB of {purpose}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # advice only
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _LARGE_PAGE
+    return np.frombuffer(memory, np.uint8, count=size, offset=start)
