@@ -18,7 +18,7 @@ from paceline.control.base import Controller
 from paceline.costs import CostTable
 from paceline.drafting.base import Drafter, DraftJob
 from paceline.errors import ModelError, OptionError, PromptError
-from paceline.execution.base import Runner, prefill
+from paceline.execution.base import ForwardOutput, Runner, prefill
 from paceline.execution.threads import torch_threads
 from paceline.models.base import ModelSource, Tokenizer
 from paceline.models.cachedir import write_json_atomic
@@ -127,7 +127,7 @@ class Engine:
         prompts: Sequence[Prompt] = [prompt] if one else prompt  # type: ignore[list-item,assignment]
         encoded = [self._encode(p, params) for p in prompts]
         if one and params.n == 1:
-            return _fold(self._stream(encoded[0], params, plain, task))
+            return self._generate_batch([(encoded[0], params)], plain, task)[0]
         jobs = [
             (ids, params if params.seed is None else replace(params, seed=params.seed + i))
             for ids in encoded
@@ -189,41 +189,49 @@ class Engine:
 
     # ---------- the loop ----------
 
-    def _round(self, requests: Sequence[Request], controller: Controller) -> list[StreamEvent]:
+    def _round(self, requests: Sequence[Request], controller: Controller) -> None:
         """One draft-and-verify cycle of every request, in one forward of the target."""
         started, prepared = perf_counter() - self._learning, self._warmup_seconds()
         steps, rows = self._draft(requests, controller)
-
-        taps = next((request.taps for request in requests if request.taps), ())
-        drafted, late = perf_counter(), self.runner.takes_late and not taps
-        waited = 0.0 if late else _settle(steps)
-        segments = [r.segment(s.draft) for r, s in zip(requests, steps, strict=True)]
-        output = self.runner.forward_tapped(segments, taps) if taps else self.runner.forward(segments)
-        verify_seconds = perf_counter() - drafted
-        verify_seconds -= _settle(steps) if late else waited
+        drafted = perf_counter()
+        output, waited = self._verify_rows(requests, steps)
+        verify_seconds = perf_counter() - drafted - waited
 
         first, outcomes = 0, []
-        for request, step, segment in zip(requests, steps, segments, strict=True):
-            rows_of = slice(first, first + len(step.draft) + 1)
-            logits, best = output.logits[rows_of], output.best[rows_of] if output.best is not None else None
-            drawn = output.drawn[rows_of] if output.drawn is not None else None
-            verdict = request.verify(step.draft, logits, best, drawn)
-            hidden = output.taps[rows_of] if output.taps is not None else None
-            text, kept = request.commit(step, verdict, self.runner, logits, hidden)
-            outcomes.append((verdict, text, kept))
-            first += len(segment.tokens)
+        for request, step in zip(requests, steps, strict=True):
+            verdict = request.verify(step.draft, output, first)
+            outcomes.append((verdict, request.commit(step, verdict, self.runner, output, first)))
+            first += step.rows
+        for request in requests:
+            if request.finish_reason is not None or not self.runner.works_apart:
+                request.assemble_text()
 
         ended = perf_counter()
-        batch = (len(requests), rows, sum(kept for _, _, kept in outcomes))
+        batch = (len(requests), rows, sum(kept for _, kept in outcomes))
         warmup = self._warmup_seconds() - prepared  # done once: plain decoding has its own
-        events = []
-        for request, step, (verdict, text, kept) in zip(requests, steps, outcomes, strict=True):
-            record = request.record(step, verdict, kept, verify_seconds, ended - started - warmup, batch, warmup > 0.0)
+        for request, step, (verdict, kept) in zip(requests, steps, outcomes, strict=True):
+            request.record(step, verdict, kept, verify_seconds, ended - started - warmup, batch, warmup > 0.0)
             request.ended = ended
-            new = tuple(request.tokens[len(request.tokens) - kept :]) if kept else ()
-            events.append(StreamEvent(text, new, tuple(request.from_draft[len(request.from_draft) - kept :]), record, request.seed))
         self._learn(requests, controller)
-        return events
+
+    def _verify_rows(self, requests: Sequence[Request], steps: Sequence[Round]) -> tuple[ForwardOutput, float]:
+        """The forward over pending tokens and drafts, and the seconds in it that belong to drafting: late tokens are waited for.
+
+        What nobody waits for, the text of earlier rounds, is assembled while a device works by itself.
+        """
+        taps = next((request.taps for request in requests if request.taps), ())
+        waited = 0.0 if self.runner.takes_late and not taps else _settle(steps)
+        segments = [request.segment(step.draft) for request, step in zip(requests, steps, strict=True)]
+        for step, segment in zip(steps, segments, strict=True):
+            step.rows = len(segment.tokens)
+        if taps:
+            return self.runner.forward_tapped(segments, taps), waited
+        result = self.runner.begin_forward(segments)
+        waited += _settle(steps)
+        if self.runner.works_apart:
+            for request in requests:
+                request.assemble_text()
+        return result(), waited
 
     def _learn(self, requests: Sequence[Request], controller: Controller) -> None:
         """Show the controller the finished round. Rounds of plain calls are none of its own: they must not pay for its losses."""
@@ -279,7 +287,8 @@ class Engine:
         with self._open([(prompt, params)], plain, task) as (request,):
             while request.finish_reason is None:
                 with torch_threads(self.runner.host_threads):
-                    (event,) = self._round([request], self.controller)
+                    self._round([request], self.controller)
+                event = request.event()
                 if request.finish_reason is None:
                     yield event
             yield replace(event, result=self._result(request))
@@ -364,10 +373,3 @@ def _settle(steps: Sequence[Round]) -> float:
     for step in steps if waiting else ():
         step.draft_seconds += waits.get(step.plan.drafter, 0.0)
     return sum(waits.values())
-
-
-def _fold(events: Iterator[StreamEvent]) -> GenerationResult:
-    for event in events:
-        if event.result is not None:
-            return event.result
-    raise AssertionError("a stream ends with its result")

@@ -102,7 +102,12 @@ class OutputAssembler:
         self._end_ids = frozenset() if params.ignore_eos else frozenset(end_ids)
         self._decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
         self._matcher = StopMatcher(params.stop)
+        self._endings = self._end_ids | set(params.stop_token_ids)
         self._pieces: list[str] = []
+        self._released = 0
+        """Pieces that `release` has handed out."""
+        self._waiting: list[int] = []
+        """Tokens whose text nobody has asked for."""
         self.token_ids: list[int] = []
         self.finished: str | None = "length" if max_new <= 0 else None
         self.stop_reason: str | int | None = None
@@ -118,29 +123,62 @@ class OutputAssembler:
         return self._prompt_len + len(self.token_ids)
 
     def push(self, tokens: Sequence[int]) -> Pushed:
-        """Walk the tokens of a round, or one by one for a stream of single tokens, until they are used up or the text ends."""
-        pieces: list[str] = []
+        """`add` and `release`: for a stream of single tokens, and for whoever wants the text at once."""
+        accepted = self.add(tokens)
+        return Pushed(accepted, tuple(self.release()), self.finished, self.stop_reason)
+
+    def add(self, tokens: Sequence[int]) -> int:
+        """Walk the tokens of a round until they are used up or the text ends; returns how many belong to the output.
+
+        Their text waits for `assemble`, unless stop texts are looked for in it.
+        """
+        before = len(self.token_ids)
         for token in tokens:
             if self.finished is not None:
                 break
-            pieces.append(self._push_one(token))
-        self._pieces += pieces
-        return Pushed(len(pieces), tuple(pieces), self.finished, self.stop_reason)
+            if self._params.stop:
+                self._pieces.append(self._push_one(token))
+            else:
+                self._waiting.append(token)
+                if not self._ends_with(token) and len(self.token_ids) >= self._max_new:
+                    self.finished = "length"
+        return len(self.token_ids) - before
+
+    def release(self) -> list[str]:
+        """Text of each token that was added since the last call."""
+        self.assemble()
+        new = self._pieces[self._released :]
+        self._released = len(self._pieces)
+        return new
+
+    def assemble(self) -> None:
+        """Make the text that waits, whether or not somebody asks for it yet."""
+        waiting, self._waiting = self._waiting, []
+        for i, token in enumerate(waiting, 1):
+            is_last = i == len(waiting) and self.finished is not None
+            piece = self._decoder.push(token) if self._decoder is not None and not (is_last and self.finished == "stop") else ""
+            self._pieces.append(piece + self._release_rest() if is_last else piece)
 
     def flush(self) -> str:
         """Release what was held back, for a text that is broken off; a finished one has nothing left to show."""
+        self.assemble()
         if self.finished is not None:
             return ""
         piece = self._release_rest()
         self._pieces.append(piece)
         return piece
 
-    def _push_one(self, token: int) -> str:
+    def _ends_with(self, token: int) -> bool:
+        """Count a token in; whether it is one that ends the text here."""
         may_end = len(self.token_ids) >= self._params.min_tokens
         self.token_ids.append(token)
-        is_stop_id = token in self._params.stop_token_ids
-        if may_end and (is_stop_id or token in self._end_ids):
-            self.finished, self.stop_reason = "stop", token if is_stop_id else None
+        if not may_end or token not in self._endings:
+            return False
+        self.finished, self.stop_reason = "stop", token if token in self._params.stop_token_ids else None
+        return True
+
+    def _push_one(self, token: int) -> str:
+        if self._ends_with(token):
             return self._release_rest()
         piece = self._match(self._decoder.push(token)) if self._decoder is not None else ""
         if self.finished is None and len(self.token_ids) >= self._max_new:

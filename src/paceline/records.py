@@ -253,6 +253,8 @@ class Round:
     draft: Draft = NO_DRAFT
     control_seconds: float = 0.0
     draft_seconds: float = 0.0
+    rows: int = 1
+    """Of the forward that belong to it: one more than the draft has tokens, and one for a late token that came to nothing."""
 
     def record(
         self,

@@ -11,13 +11,14 @@ import torch
 from paceline.config import SamplingParams
 from paceline.control.base import Controller, RoundContext
 from paceline.drafting.base import Drafter, DraftJob, DraftSession, SequenceView
-from paceline.execution.base import Runner, Segment, SequenceHandle
+from paceline.execution.base import ForwardOutput, Runner, Segment, SequenceHandle
 from paceline.execution.draws import DrawLaw, Draws
 from paceline.models.base import Tokenizer
 from paceline.output import OutputAssembler
 from paceline.records import PLAIN, Draft, DraftFeatures, GenerationResult, Round, StepRecord, TokenLogprob, Verdict
 from paceline.sampling import CounterRandom, Purpose, SampledRows, draw_temperature
-from paceline.verification.registry import AUTO, choose_rule
+from paceline.verification.registry import AUTO, choose_rule, create
+from paceline.verification.walk import follow_chain
 
 _HOTTEST = 2.0
 """Temperatures up to here are told apart, in tenths: what a controller learns of requests of one says little about another."""
@@ -82,6 +83,9 @@ class Request:
             coupled=self._matches,
             sequence=sequence,
         )
+        greedily = params.greedy and (rule == AUTO or create(rule).lossless) and not params.shapes_logits and not params.min_tokens
+        self._is_told = (greedily or self._draws_rows) and params.logprobs is None
+        """Whether the runner's own choice of a token is the rule's."""
         self.sessions: dict[str, DraftSession] = {d.name: d.open(view) for d in drafters}
         self._wanting = {d.name for d in drafters if d.wants_logits}
         self.taps = tuple(sorted({layer for d in drafters for layer in d.wants_hidden}))
@@ -150,9 +154,12 @@ class Request:
 
     # ---------- verify and commit ----------
 
-    def verify(self, draft: Draft, logits: torch.Tensor, best: Sequence[int] | None, drawn: Sequence[int] | None = None) -> Verdict:
-        """Judge the draft. logits: [len(draft) + 1, V], the row of the pending token first; best, drawn: as in `ForwardOutput`."""
-        padded = self._vocab_size is not None and self._vocab_size < logits.shape[1]
+    def verify(self, draft: Draft, output: ForwardOutput, first: int) -> Verdict:
+        """Judge the draft. first: its row of the forward that belongs to the pending token; those of the draft follow."""
+        end = first + len(draft) + 1
+        if (chosen := self._chosen(draft, output, first, end)) is not None:
+            return follow_chain(draft, chosen)
+        logits, best, drawn = output.logits[first:end], output.best, output.drawn
         rows = SampledRows(
             logits,
             self.params,
@@ -161,45 +168,71 @@ class Request:
             draft,
             end_ids=self._stop_ids,
             vocab_size=self._vocab_size,
-            argmaxes=None if padded else best,
-            drawn=drawn if self._draws_rows else None,
+            argmaxes=None if best is None or self._is_padded(output) else best[first:end],
+            drawn=drawn[first:end] if drawn is not None and self._draws_rows else None,
         )
-        chosen = choose_rule(self._rule, self.params, draft, seeded=self._matches)
-        verdict = chosen.verify(rows, draft, self._random, len(self.tokens))
+        chosen_rule = choose_rule(self._rule, self.params, draft, seeded=self._matches)
+        verdict = chosen_rule.verify(rows, draft, self._random, len(self.tokens))
         if self.params.logprobs is not None:
             top = self.params.logprobs
             self.logprobs.extend(rows.logprob(row, token, top) for row, token in zip(verdict.rows, verdict.emitted, strict=True))
         return verdict
+
+    def _chosen(self, draft: Draft, output: ForwardOutput, first: int, end: int) -> Sequence[int] | None:
+        """The target's token at each row of a chain, where the runner named it and no distribution is asked for: the usual case on
+        a GPU, in which sixteen sequences would wait for one another's rules."""
+        if not self._is_told or draft.parents is not None:
+            return None
+        if self._draws_rows:
+            tokens = output.drawn if draft.coupled or not draft.tokens else None
+        else:
+            tokens = output.best if not self._is_padded(output) else None
+        found = tokens[first:end] if tokens is not None else ()
+        return found if found and min(found) >= 0 else None
+
+    def _is_padded(self, output: ForwardOutput) -> bool:
+        """Whether rows have places beyond the vocabulary."""
+        return self._vocab_size is not None and self._vocab_size < output.logits.shape[1]
 
     def follow(self, hidden: torch.Tensor) -> None:
         """Hand the target's states of tokens that entered its cache to the drafters that want them. hidden: [rows, taps, H]."""
         for name, columns in self._columns.items():
             self.sessions[name].follow(hidden[:, columns])
 
-    def commit(
-        self, step: Round, verdict: Verdict, runner: Runner, logits: torch.Tensor, hidden: torch.Tensor | None = None
-    ) -> tuple[str, int]:
-        """Keep what was accepted, in cache, text and drafters. Returns the new text and how many tokens stayed.
+    def commit(self, step: Round, verdict: Verdict, runner: Runner, output: ForwardOutput, first: int) -> int:
+        """Keep what was accepted, in cache and drafters, and returns how many tokens stayed. Their text waits for
+        `assemble_text`, unless it may end the request.
 
-        logits, hidden: [rows, V] and [rows, taps, H] of the round's own forward.
+        first: as in `verify`.
         """
-        pushed = self._output.push(verdict.emitted)
-        kept = pushed.accepted
+        kept = self._output.add(verdict.emitted)
         path = verdict.rows
         runner.accept(self.sequence, path)
         self.tokens.extend(verdict.emitted[:kept])
         self.from_draft.extend([True] * min(kept, len(verdict.path)) + [False] * (kept > len(verdict.path)))
         del self.logprobs[self.num_generated :]
-        self.finish_reason = pushed.finished
-        if hidden is not None:
-            self.follow(hidden[list(path)])
+        self.finish_reason = self._output.finished
+        if output.taps is not None:
+            self.follow(output.taps[[first + row for row in path]])
         for name, session in self.sessions.items():
             own = verdict if step.draft.drafter == name and step.draft.tokens else None
             rows = None
             if name in self._wanting:
-                rows = logits if own is not None or step.draft.parents is None else logits[list(path)]
+                rows = output.logits[first : first + len(step.draft) + 1]
+                rows = rows if own is not None or step.draft.parents is None else rows[list(path)]
             session.observe(own, rows)
-        return pushed.text, kept
+        return kept
+
+    def assemble_text(self) -> None:
+        """Make the text of what was committed."""
+        self._output.assemble()
+
+    def event(self) -> StreamEvent:
+        """What the last round added; call it after each."""
+        record = self.steps[-1]
+        start = len(self.from_draft) - record.num_emitted
+        new = tuple(self.tokens[self.num_prompt + start :])
+        return StreamEvent("".join(self._output.release()), new, tuple(self.from_draft[start:]), record, self.seed)
 
     def record(
         self,

@@ -141,6 +141,17 @@ class Runner(ABC):
         Raises ResourceError when a sequence would exceed `info.max_context`.
         """
 
+    works_apart: bool = False
+    """Whether the host is free between `begin_forward` and its result."""
+
+    def begin_forward(self, segments: Sequence[Segment]) -> Callable[[], ForwardOutput]:
+        """As `forward`, in two parts: what is returned waits for the result, and is called before anything else of this runner.
+
+        Where the device works by itself, the first part only describes the pass to it. Raises as `forward` does.
+        """
+        output = self.forward(segments)
+        return lambda: output
+
     @property
     def warmup_seconds(self) -> float:
         """Seconds spent so far on what is done once and used again, such as captures of graphs. A round in which they grew says

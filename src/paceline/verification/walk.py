@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from paceline.records import Draft
+from paceline.records import Draft, Verdict
 
 
 def walk(draft: Draft, choose: Callable[[int, int], int]) -> tuple[list[int], list[int]]:
@@ -30,6 +30,20 @@ def walk(draft: Draft, choose: Callable[[int, int], int]) -> tuple[list[int], li
             return path, emitted
         node = following
         path.append(node)
+
+
+def follow_chain(draft: Draft, chosen: Sequence[int]) -> Verdict:
+    """What the greedy and the match rule say of a chain, where the target's token at each row is known already.
+
+    chosen: len(draft) + 1 tokens. The labels are outcomes, so it is not for `match` on a chain that was chosen rather than drawn.
+    """
+    accepted = 0
+    for drafted, token in zip(draft.tokens, chosen, strict=False):
+        if drafted != token:
+            break
+        accepted += 1
+    path = tuple(range(accepted))
+    return Verdict(path, tuple(chosen[: accepted + 1]), (1.0,) * accepted + (0.0,) * (accepted < len(draft.tokens)))
 
 
 def child_lists(draft: Draft) -> list[list[int]]:
