@@ -83,6 +83,7 @@ class Request:
             coupled=self._matches,
             sequence=sequence,
         )
+        self._law = DrawLaw(draw_temperature(params), params.top_k, params.top_p, params.min_p, self._vocab_size or 1 << 30)
         greedily = params.greedy and (rule == AUTO or create(rule).lossless) and not params.shapes_logits and not params.min_tokens
         self._is_told = (greedily or self._draws_rows) and params.logprobs is None
         """Whether the runner's own choice of a token is the rule's."""
@@ -147,10 +148,9 @@ class Request:
 
     def _draws(self, draft: Draft) -> Draws:
         """A draw from each row, with the number of the row's own position."""
-        params, first = self.params, len(self.tokens)
-        law = DrawLaw(draw_temperature(params), params.top_k, params.top_p, params.min_p, self._vocab_size or 1 << 30)
+        first = len(self.tokens)
         depths = range(len(draft) + 1) if draft.parents is None else [len(draft.path(row)) for row in range(len(draft) + 1)]
-        return Draws(law, [self._random.bits(first + depth, Purpose.TARGET) for depth in depths])
+        return Draws(self._law, [self._random.bits(first + depth, Purpose.TARGET) for depth in depths])
 
     # ---------- verify and commit ----------
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
-from itertools import zip_longest
+from functools import cache, lru_cache
+from itertools import groupby, zip_longest
 
 import numpy as np
 import torch
@@ -24,6 +24,12 @@ def _kernel() -> Kernel:
     return Kernel(["draw.cu"], "draw", {})
 
 
+@lru_cache
+def _entry(law: DrawLaw, vocab: int) -> np.ndarray:
+    """A law as the device reads it, with the number 0."""
+    return np.array((law.temperature, law.min_p, law.top_p, law.top_k, min(law.vocab_size, vocab), 0), dtype=LAW)
+
+
 class Drawer:
     """Laws and random numbers on the device, and what was drawn by them."""
 
@@ -38,19 +44,22 @@ class Drawer:
         """Probability of each drawn token under its law; -1 of one that was not drawn but is the most probable one."""
         self._laws = torch.zeros(rows * LAW.itemsize, dtype=torch.uint8, device=device)
         self._scratch = torch.empty(rows, vocab, dtype=torch.int32, device=device)
-        self._staged = torch.zeros(rows * LAW.itemsize, dtype=torch.uint8, pin_memory=True)
         self._numbers = torch.zeros(lines, rows, dtype=torch.int64, device=device)
         self._sent = torch.zeros(lines, rows, dtype=torch.int64, pin_memory=True)
 
     def describe(self, laws: Sequence[DrawLaw | None], numbers: Sequence[int] = ()) -> None:
-        """Say how each row is drawn from (None: greedily). Wait for the draws before the next call: it uses the same memory."""
-        table = self._staged.numpy().view(LAW)
-        table[:] = 0
-        for row, law in enumerate(laws):
-            if law is not None:
-                number = numbers[row] << _SHIFT if numbers else 0
-                table[row] = (law.temperature, law.min_p, law.top_p, law.top_k, min(law.vocab_size, self._vocab), number)
-        self._laws.copy_(self._staged, non_blocking=True)
+        """Say how each row of the next draws is drawn from (None: greedily). numbers: of each row, unless they are sent ahead."""
+        staged = torch.zeros(self._laws.shape, dtype=torch.uint8, pin_memory=True)  # its own: earlier ones may be on their way
+        table = staged.numpy().view(LAW)
+        start = 0
+        for _, group in groupby(laws, key=id):
+            end = start + len(list(group))
+            if (law_of := laws[start]) is not None:
+                table[start:end] = _entry(law_of, self._vocab)
+            start = end
+        if numbers:
+            table["number"][:start] = np.array(numbers, dtype=np.uint64) << np.uint64(_SHIFT)
+        self._laws.copy_(staged, non_blocking=True)
 
     def send(self, numbers: Sequence[Sequence[int]], line: int) -> None:
         """Send the random numbers of draws ahead: of each row those for `line` and the following ones, round and round."""

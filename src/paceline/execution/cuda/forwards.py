@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -66,17 +67,30 @@ class Forwards:
         self._layout.fill(batch, shape)
         self.graphs.again(shape)
 
-    def tokens(self, rows: int, laws: Sequence[DrawLaw | None], numbers: Sequence[int]) -> tuple[list[int], list[int] | None]:
-        """The best token of each row of the last forward, and the drawn one where any row has a law (the best one of other rows).
+    def tokens(
+        self, rows: int, laws: Sequence[DrawLaw | None], numbers: Sequence[int]
+    ) -> Callable[[], tuple[list[int], list[int] | None]]:
+        """Send for the best token of each row of the last forward, and for the drawn one where any row has a law (the best one of
+        other rows); returns what waits for them.
 
-        numbers: for each row, as in `Draws`. Waits for the device.
+        numbers: for each row, as in `Draws`.
         """
         draws = any(law is not None for law in laws)
         if draws:
             self._drawer.describe(laws, numbers)
             self._drawer.launch(self._decoder.logits, self._best.tokens, rows)
-        best, drawn = self._best.picks.tolist()
-        return best[:rows], drawn[:rows] if draws else None
+        # Memory of its own: tokens of several passes may be on their way.
+        picks = torch.empty(self._best.picks.shape, dtype=torch.int32, pin_memory=True)
+        picks.copy_(self._best.picks, non_blocking=True)
+        there: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        there.record()
+
+        def read() -> tuple[list[int], list[int] | None]:
+            there.synchronize()
+            best, drawn = picks[:, :rows].tolist()
+            return best, drawn if draws else None
+
+        return read
 
     def capture(self, batch: Sequence[Rows]) -> Callable[[], None]:
         """Capture the graph of exactly this forward now; returns what replays it on the inputs that are in place (for timing)."""
@@ -101,9 +115,10 @@ class Forwards:
         drawn = any(job.law is not None for job in jobs)
         shape = for_steps(self._shape(later, longest=max(rows.length for rows in later) + most))
         key = self._prepare_steps(shape, drawn)
+        self.run(first)
+        # The device works from here on: what follows describes what is behind the first forward.
         steps.describe(jobs)
         steps.layout.fill(later, shape, sources)
-        self.run(first)
         steps.advance(self._decoder.logits, self._best, len(jobs), drawn=drawn, first=True)
         steps.issued(len(jobs))
 

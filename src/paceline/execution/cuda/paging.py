@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from paceline.errors import OptionError, ResourceError
+from paceline.execution.base import SequenceHandle
 
 PAGE = 64
 
@@ -29,6 +30,13 @@ class PagedSequence:
     def length(self) -> int:
         """Committed tokens."""
         return self.committed
+
+
+def owned(sequence: SequenceHandle) -> PagedSequence:
+    """A sequence of such a cache. Raises OptionError for those of other runners."""
+    if not isinstance(sequence, PagedSequence):
+        raise OptionError(f"sequence = {sequence!r}: opened by another runner")
+    return sequence
 
 
 class PagedCache:
@@ -101,6 +109,10 @@ class PagedCache:
         """Commit these staged rows, a path from the root down; they are moved together unless they lie together already."""
         self.check(sequence)
         path = list(rows)
+        if path == list(range(len(path))) and len(path) <= sequence.staged:  # a chain, which every round of a batch asks about
+            sequence.committed += len(path)
+            sequence.staged = 0
+            return
         ordered = all(0 <= a < b for a, b in zip([-1, *path][1:], [*path[1:], sequence.staged], strict=True))
         if not ordered:
             raise OptionError(f"rows = {path}: must be strictly increasing rows of the last segment ({sequence.staged} tokens)")

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.errors import ModelError, OptionError, ResourceError
+from paceline.errors import ModelError, ResourceError
 from paceline.execution.base import Decoded, Decoding, ForwardOutput, Runner, RunnerInfo, Segment, SequenceHandle, known
-from paceline.execution.cuda.capture import Layout, Rows, check, grid_chunks
+from paceline.execution.cuda.capture import Layout, check, grid_chunks
 from paceline.execution.cuda.decoder import Decoder, misfit
 from paceline.execution.cuda.driver import missing_reason
 from paceline.execution.cuda.linears import MAX_ROWS, Tuning
 from paceline.execution.cuda.memory import GIB, Budget, make_room, plan, register, unregister
 from paceline.execution.cuda.packing import FORMATS
-from paceline.execution.cuda.paging import PAGE, PagedCache, PagedSequence
+from paceline.execution.cuda.paging import PAGE, PagedCache, PagedSequence, owned
+from paceline.execution.cuda.passes import Passes
 from paceline.execution.cuda.stepping import InLine, Line, Stepping, decode, placed, prepared, reference_steps
-from paceline.execution.draws import DrawLaw, draw_rows
 from paceline.execution.structure import describe_structure, merged_weights
 from paceline.models.base import ModelSource
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 _MAX_SEQUENCES = 64
 _FULL_SEQUENCES = 32
 """Sequences of full length that the cache has room for, if memory allows."""
-_PIECEWISE, _SMALL = 512, GIB
-"""Chains up to so many tokens go through the kernels, 64 at a time, in models of fewer bytes."""
 _CACHE_SHARE = 0.5
 """Of the memory that weights leave, for the cache: a draft, another model or a trainer may come."""
 
@@ -37,7 +35,7 @@ _CACHE_SHARE = 0.5
 class CudaRunner(Runner):
     """Runs Llama-like models in `bf16`, `int8`, `fp8` or `int4`. A row's logits have the same bits in any batch, chain or tree."""
 
-    decodes_ahead = draws_rows = takes_late = True
+    decodes_ahead = draws_rows = takes_late = works_apart = True
     rows_at_once = MAX_ROWS
 
     @staticmethod
@@ -85,8 +83,6 @@ class CudaRunner(Runner):
             self.budget = self._make_cache(free, limit)
         self._forwards: Forwards | None = None
         """The kernels; None on a CPU."""
-        self._piecewise = _PIECEWISE if self._decoder.weight_bytes < _SMALL else 0
-        """Longest chain that goes through the kernels in pieces."""
         self.is_offloaded = False
         """Whether the weights are in the host's memory."""
         register(self)
@@ -108,6 +104,7 @@ class CudaRunner(Runner):
             with torch.inference_mode(), self._here():
                 self._forwards = Forwards(self._decoder, self._cache, self._layout, self._device)
                 self._forwards.capture_usual()
+        self._passes = Passes(self._decoder, self._cache, self._forwards, self._device)
 
     @property
     def device(self) -> str:
@@ -148,44 +145,39 @@ class CudaRunner(Runner):
 
     def fork(self, sequence: SequenceHandle) -> PagedSequence:
         with torch.inference_mode(), self._here():
-            return self._cache.fork(self._own(sequence))
+            return self._cache.fork(owned(sequence))
 
     def accept(self, sequence: SequenceHandle, rows: Sequence[int]) -> None:
-        self._cache.accept(self._own(sequence), rows)
+        self._cache.accept(owned(sequence), rows)
 
     def truncate(self, sequence: SequenceHandle, length: int) -> None:
-        self._cache.truncate(self._own(sequence), length)
+        self._cache.truncate(owned(sequence), length)
 
     def close(self, sequence: SequenceHandle) -> None:
         if isinstance(sequence, PagedSequence):
             self._cache.close(sequence)
 
     def forward(self, segments: Sequence[Segment], *, want_hidden: bool = False) -> ForwardOutput:
+        return self._begin(segments, want_hidden)()
+
+    def begin_forward(self, segments: Sequence[Segment]) -> Callable[[], ForwardOutput]:
+        return self._begin(segments)
+
+    def _begin(self, segments: Sequence[Segment], want_hidden: bool = False) -> Callable[[], ForwardOutput]:
         check(segments, self._spec.vocab)
         self._bring_back()
         while True:
             try:
-                return self._forward(segments, want_hidden)
+                with torch.inference_mode(), self._here():
+                    for segment in segments:
+                        self._cache.stage(owned(segment.sequence), len(segment.tokens))
+                    known_segments, line = self._placed(segments)
+                    return self._passes.begin(known_segments, want_hidden, line)
             except torch.OutOfMemoryError as error:
                 if not make_room(self):
                     raise ResourceError(
                         f"{self._device}: out of memory in a forward ({self.budget}); use fewer sequences or shorter prompts"
                     ) from error
-
-    def _forward(self, segments: Sequence[Segment], want_hidden: bool) -> ForwardOutput:
-        with torch.inference_mode(), self._here():
-            for segment in segments:
-                self._cache.stage(self._own(segment.sequence), len(segment.tokens))
-            segments, line = self._placed(segments)
-            passes = self._passes(segments)
-            parts = [self._pass(part, want_hidden, keep=len(passes) > 1, line=line) for part in passes]
-        if len(parts) == 1:
-            return parts[0]
-        hidden = torch.cat([p.hidden for p in parts if p.hidden is not None]) if want_hidden else None
-        best = _joined([p.best for p in parts])
-        draws = any(p.drawn is not None for p in parts)
-        drawn = _joined([p.best if p.drawn is None else p.drawn for p in parts]) if draws else None
-        return ForwardOutput(torch.cat([p.logits for p in parts]), hidden, best, drawn)
 
     def _placed(self, segments: Sequence[Segment]) -> tuple[list[Segment], Line | None]:
         """Segments without late tokens: they are fetched, from the line that is returned, or waited for."""
@@ -198,7 +190,7 @@ class CudaRunner(Runner):
 
     def decode_ahead(self, jobs: Sequence[Decoding]) -> list[Decoded]:
         """See `Runner.decode_ahead`. The device decodes tokens while the host reads those before."""
-        own = [self._own(job.sequence) for job in jobs]
+        own = [owned(job.sequence) for job in jobs]
         feeds, most = prepared(self, jobs, self.info.max_context)
         self._bring_back()
         ends = [sequence.committed + len(feed) for sequence, feed in zip(own, feeds, strict=True)]
@@ -269,69 +261,7 @@ class CudaRunner(Runner):
     def shutdown(self) -> None:
         """Give the device's memory back; the runner is of no use afterwards."""
         unregister(self)
-        del self._forwards, self._decoder, self._cache, self._layout
-
-    # ---------- passes ----------
-
-    def _passes(self, segments: Sequence[Segment]) -> list[list[Segment]]:
-        """Segments that share a pass: 64 rows at most, or one long segment alone (so that nothing depends on its company)."""
-        passes: list[list[Segment]] = []
-        room = 0
-        for segment in segments:
-            count = len(segment.tokens)
-            if count > room:
-                passes.append([])
-                room = MAX_ROWS if self._captures else 0
-            passes[-1].append(segment)
-            room -= count
-        return passes
-
-    def _pass(self, segments: list[Segment], want_hidden: bool, keep: bool, line: Line | None) -> ForwardOutput:
-        """keep: the result must outlive the next pass. line: of a draft's step that may still be before it."""
-        first, offset = segments[0], 0
-        forwards = self._forwards
-        if len(first.tokens) > MAX_ROWS or forwards is None:
-            if forwards is None or not self._takes_pieces(first):
-                sequence = self._own(first.sequence)
-                logits, hidden = self._decoder.dense(first.tokens, sequence, self._cache, first.parents, _wanted(first))
-                drawn = draw_rows(logits, first.draws, _wanted(first)) if first.draws is not None else None
-                return ForwardOutput(logits, hidden if want_hidden else None, drawn=drawn)
-            offset = self._feed_pieces(forwards, first)
-        batch = [self._rows(segment, offset) for segment in segments]
-        forwards.run(batch)
-        if line is not None:
-            line.tokens()  # before those of the forward: so the draft's time is told from the forward's
-        rows: list[int] = []
-        start = 0
-        for segment, part in zip(segments, batch, strict=True):
-            end = start + len(part.tokens)
-            rows.extend(range(end - _wanted(segment), end))
-            start = end
-        logits = self._decoder.logits[:start, : self._spec.vocab]
-        states = self._decoder.hidden(start) if want_hidden else None
-        best, drawn = forwards.tokens(start, *_draws(segments, start)) if rows else ([], None)
-        if len(rows) < start:
-            index = torch.tensor(rows, dtype=torch.int64, device=self._device)
-            logits, best = logits[index], [best[row] for row in rows]
-            drawn = [drawn[row] for row in rows] if drawn is not None else None
-            states = states[index] if states is not None else None
-        return ForwardOutput(logits.clone() if keep else logits, states, best, drawn)
-
-    def _takes_pieces(self, segment: Segment) -> bool:
-        """Whether the kernels, 64 rows at a time, are faster for a chain than the library, which needs all weights unpacked."""
-        return segment.parents is None and len(segment.tokens) <= self._piecewise and _wanted(segment) <= MAX_ROWS
-
-    def _feed_pieces(self, forwards: Forwards, segment: Segment) -> int:
-        """Feed a long chain but for its last 64 tokens, and return how many; they stay uncommitted like the rest."""
-        own, fed = self._own(segment.sequence), len(segment.tokens) - MAX_ROWS
-        for start in range(0, fed, MAX_ROWS):
-            piece = Rows(own.slot, own.committed + start, segment.tokens[start : min(start + MAX_ROWS, fed)], None)
-            forwards.run([piece])
-        return fed
-
-    def _rows(self, segment: Segment, offset: int = 0) -> Rows:
-        sequence = self._own(segment.sequence)
-        return Rows(sequence.slot, sequence.committed + offset, segment.tokens[offset:], segment.parents)
+        del self._forwards, self._decoder, self._cache, self._layout, self._passes
 
     def capture(self, segments: Sequence[Segment]) -> Callable[[], None]:
         """Capture the graph of exactly this forward now; returns what replays it on the inputs that are in place (for timing).
@@ -341,38 +271,10 @@ class CudaRunner(Runner):
         if self._forwards is None:
             raise NotImplementedError("nothing is captured on a CPU")
         with torch.inference_mode(), self._here():
-            return self._forwards.capture([self._rows(segment) for segment in segments])
-
-    # ---------- checks ----------
-
-    def _own(self, sequence: SequenceHandle) -> PagedSequence:
-        if not isinstance(sequence, PagedSequence):
-            raise OptionError(f"sequence = {sequence!r}: opened by another runner")
-        return sequence
+            return self._forwards.capture([self._passes.rows(segment) for segment in segments])
 
     def _here(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self._device.index) if self._captures else nullcontext()
-
-
-def _wanted(segment: Segment) -> int:
-    return len(segment.tokens) if segment.num_logits is None else segment.num_logits
-
-
-def _draws(segments: Sequence[Segment], rows: int) -> tuple[list[DrawLaw | None], list[int]]:
-    """Law and number of each of the last `rows` rows of the segments."""
-    laws: list[DrawLaw | None] = []
-    numbers: list[int] = []
-    for segment in segments:
-        count, draws = len(segment.tokens), segment.draws
-        laws += [draws.law if draws is not None else None] * count
-        numbers += draws.numbers if draws is not None else [0] * count
-    return laws[-rows:], numbers[-rows:]
-
-
-def _joined(parts: Sequence[list[int] | None]) -> list[int] | None:
-    """Lists one after another; None where one is missing."""
-    known = [part for part in parts if part is not None]
-    return [token for part in known for token in part] if len(known) == len(parts) else None
 
 
 def _missing_part() -> str | None:
