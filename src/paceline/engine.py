@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from time import perf_counter
@@ -22,7 +23,7 @@ from paceline.execution.base import ForwardOutput, Runner, prefill
 from paceline.execution.threads import torch_threads
 from paceline.models.base import ModelSource, Tokenizer
 from paceline.models.cachedir import write_json_atomic
-from paceline.records import GenerationResult, Round
+from paceline.records import GenerationResult, Round, StepRecord
 from paceline.request import Request, StreamEvent
 from paceline.sampling import check_token_ids, resolve_seed
 
@@ -60,8 +61,10 @@ class Engine:
         self._profile = profile
         self._tokenizer = tokenizer
         self._ids = count()
+        self._finished: list[tuple[Request, Callable[[], StepRecord]]] = []
+        """Of the last round, until somebody asks: each sequence's record in the making."""
         self._learning = 0.0
-        """Seconds that the controller took to learn from the last round: the coming one pays for them."""
+        """Seconds that it took to learn from the last round: the coming one pays for them."""
 
     @classmethod
     def from_pretrained(
@@ -190,11 +193,13 @@ class Engine:
     # ---------- the loop ----------
 
     def _round(self, requests: Sequence[Request], controller: Controller) -> None:
-        """One draft-and-verify cycle of every request, in one forward of the target."""
+        """One draft-and-verify cycle of every request, in one forward of the target. `_learn` comes before anybody asks for it."""
+        if not self._learns_later(requests, controller):
+            self._learn(controller)
         started, prepared = perf_counter() - self._learning, self._warmup_seconds()
         steps, rows = self._draft(requests, controller)
         drafted = perf_counter()
-        output, waited = self._verify_rows(requests, steps)
+        output, waited = self._forward(requests, steps, controller)
         verify_seconds = perf_counter() - drafted - waited
 
         first, outcomes = 0, []
@@ -210,14 +215,14 @@ class Engine:
         batch = (len(requests), rows, sum(kept for _, kept in outcomes))
         warmup = self._warmup_seconds() - prepared  # done once: plain decoding has its own
         for request, step, (verdict, kept) in zip(requests, steps, outcomes, strict=True):
-            request.record(step, verdict, kept, verify_seconds, ended - started - warmup, batch, warmup > 0.0)
             request.ended = ended
-        self._learn(requests, controller)
+            record = partial(request.record, step, verdict, kept, verify_seconds, ended - started - warmup, batch, warmup > 0.0)
+            self._finished.append((request, record))
 
-    def _verify_rows(self, requests: Sequence[Request], steps: Sequence[Round]) -> tuple[ForwardOutput, float]:
+    def _forward(self, requests: Sequence[Request], steps: Sequence[Round], controller: Controller) -> tuple[ForwardOutput, float]:
         """The forward over pending tokens and drafts, and the seconds in it that belong to drafting: late tokens are waited for.
 
-        What nobody waits for, the text of earlier rounds, is assembled while a device works by itself.
+        What nobody waits for is done while a device works by itself: text, and lessons of the last round.
         """
         taps = next((request.taps for request in requests if request.taps), ())
         waited = 0.0 if self.runner.takes_late and not taps else _settle(steps)
@@ -231,16 +236,30 @@ class Engine:
         if self.runner.works_apart:
             for request in requests:
                 request.assemble_text()
+            self._learn(controller)
+            self._learning = 0.0
         return result(), waited
 
-    def _learn(self, requests: Sequence[Request], controller: Controller) -> None:
-        """Show the controller the finished round. Rounds of plain calls are none of its own: they must not pay for its losses."""
-        if not requests[0].sessions:
-            return
+    def _learns_later(self, requests: Sequence[Request], controller: Controller) -> bool:
+        """Whether the last round can wait until the device works on the coming one: when that one is plain whatever the last one
+        taught, which grants no time to anybody."""
+        if not self.runner.works_apart:
+            return False
+        return all(not r.sessions or controller.plan_unseen(r.task, len(requests)) is not None for r in requests)
+
+    def _learn(self, controller: Controller) -> None:
+        """Write the records of the last round and show them to the controller, once.
+
+        Rounds of plain calls are none of its own: they must not pay for its losses.
+        """
+        finished, self._finished = self._finished, []
+        for request, record in finished:
+            request.steps.append(record())
         started = perf_counter()
-        for request in requests:
-            controller.observe(request.steps[-1])
-        self._learning = perf_counter() - started
+        for request, _ in finished:
+            if request.sessions:
+                controller.observe(request.steps[-1])
+        self._learning += perf_counter() - started
 
     def _draft(self, requests: Sequence[Request], controller: Controller) -> tuple[list[Round], int]:
         """Plans and drafts of a round, and the rows of its forward. Drafters that can draft for all sequences at once do so, and
@@ -276,6 +295,7 @@ class Engine:
                 step.plan = plan
                 step.signal = next((o.signal for o in context.outlooks if o.drafter == plan.drafter), 0)
             seconds += perf_counter() - started
+        self._learning = 0.0
         for step, _ in looks:
             step.control_seconds += seconds / len(requests)
         return [step for step, _ in looks]
@@ -288,6 +308,7 @@ class Engine:
             while request.finish_reason is None:
                 with torch_threads(self.runner.host_threads):
                     self._round([request], self.controller)
+                self._learn(self.controller)
                 event = request.event()
                 if request.finish_reason is None:
                     yield event
@@ -298,6 +319,7 @@ class Engine:
             with torch_threads(self.runner.host_threads):
                 while active := [r for r in requests if r.finish_reason is None]:
                     self._round(active, self.controller)
+            self._learn(self.controller)
             return [self._result(r) for r in requests]
 
     @contextmanager
@@ -305,6 +327,7 @@ class Engine:
         """Requests with their prompts in the cache, closed again whatever happens."""
         requests: list[Request] = []
         self._learning = 0.0
+        self._finished.clear()
         drafters = () if plain else self.drafters
         shared = not any(drafter.wants_hidden for drafter in drafters)  # a head must see the states of its own prompt
         try:

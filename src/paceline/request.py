@@ -244,11 +244,13 @@ class Request:
         batch: tuple[int, int, int],
         warmup: bool = False,
     ) -> StepRecord:
-        """The finished round as a record. batch: sequences, rows and emitted tokens of the whole batched round.
+        """The finished round as a record, which belongs into `steps`.
+
+        batch: sequences, rows and emitted tokens of the whole batched round.
 
         warmup: its times hold what is done once only.
         """
-        record = step.record(
+        return step.record(
             self.id,
             verdict,
             kept,
@@ -258,8 +260,6 @@ class Request:
             warmup=warmup or not self.steps,
             task=self.task,
         )
-        self.steps.append(record)
-        return record
 
     # ---------- the end ----------
 

@@ -110,6 +110,8 @@ class Pacer(Controller):
         if self._bank.saving_for > 0.0:
             return SAVING
         lane = self._lanes.get(_lane_key(task, batch_size))
+        if lane is not None and batch_size > 1 and self._tokens < lane.rest_until:
+            return _RESTING
         return _FORBIDDEN if lane is not None and lane.arbiter.forbids else None
 
     def plan_batch(self, contexts: Sequence[RoundContext]) -> list[Plan]:
@@ -120,8 +122,6 @@ class Pacer(Controller):
             return [unseen] * len(contexts)
         plain = self._costs.plain(max(context.context_length for context in contexts), first.batch_size)
         lane = self._lane(first.task, first.batch_size, plain)
-        if self._tokens < lane.rest_until:
-            return [_RESTING] * len(contexts)
         if lane.arbiter.wants_plain or self._needs_plain(first.batch_size):
             return [self._renew(plain)] * len(contexts)
         return self._joint.plan(contexts, plain, lane, self._tokens)
