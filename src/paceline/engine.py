@@ -266,6 +266,7 @@ class Engine:
         may leave last tokens late."""
         steps = self._plan(requests, controller)
         waiting: dict[str, list[tuple[Round, DraftJob]]] = {}
+        drafting = 0.0
         together = {d.name: d for d in self.drafters if d.drafts_together}
         for request, step in zip(requests, steps, strict=True):
             job, name = request.job(step, controller), step.plan.drafter or ""
@@ -274,14 +275,17 @@ class Engine:
             elif job is not None:
                 started = perf_counter()
                 step.draft = job.session.propose(job.num_tokens, job.keep_drafting)
-                step.draft_seconds += perf_counter() - started
+                step.draft_seconds += (seconds := perf_counter() - started)
+                drafting += seconds
         for name, joined in waiting.items():
             started = perf_counter()
             drafts = together[name].propose_together([job for _, job in joined])
-            seconds = perf_counter() - started
+            drafting += (seconds := perf_counter() - started)
             for (step, _), draft in zip(joined, drafts, strict=True):
                 step.draft = draft
                 step.draft_seconds += seconds
+        for step in steps:
+            step.batch_draft_seconds = drafting
         return steps, sum(len(step.draft) + 1 for step in steps)
 
     def _plan(self, requests: Sequence[Request], controller: Controller) -> list[Round]:
@@ -393,6 +397,8 @@ def _settle(steps: Sequence[Round]) -> float:
     for step in waiting:
         late, step.draft = step.draft.late, step.draft.settled()
         waits[step.plan.drafter] = late.waited if late is not None else 0.0
+    total = sum(waits.values())
     for step in steps if waiting else ():
         step.draft_seconds += waits.get(step.plan.drafter, 0.0)
-    return sum(waits.values())
+        step.batch_draft_seconds += total
+    return total

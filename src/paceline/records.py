@@ -224,6 +224,8 @@ class StepRecord:
     """As in `Verdict.divergence`."""
     relaxed: tuple[int, ...] = ()
     """As in `Verdict.relaxed`."""
+    batch_draft_seconds: float = 0.0
+    """Time in which sequences of the batch drafted, together or one after another (0: not told)."""
 
     @property
     def labels(self) -> tuple[float, ...]:
@@ -253,6 +255,7 @@ class Round:
     draft: Draft = NO_DRAFT
     control_seconds: float = 0.0
     draft_seconds: float = 0.0
+    batch_draft_seconds: float = 0.0
     rows: int = 1
     """Of the forward that belong to it: one more than the draft has tokens, and one for a late token that came to nothing."""
 
@@ -298,6 +301,7 @@ class Round:
             num_levels=draft.num_levels,
             divergence=verdict.divergence,
             relaxed=verdict.relaxed,
+            batch_draft_seconds=self.batch_draft_seconds,
         )
 
 

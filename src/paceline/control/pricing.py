@@ -225,7 +225,7 @@ class Overlap:
         return self.serial + (1.0 - self.serial) / batch
 
     def observe(self, batch: int, draft_seconds: float, host_seconds: float) -> None:
-        """Count one of the `batch` records of a round. host_seconds: of the whole round, outside the forward."""
+        """Count one of the `batch` records of a round. host_seconds: in which the batch drafted, or all but its forward."""
         self._seen += 1
         self._drafting += draft_seconds > 0.0
         self._seconds += draft_seconds
@@ -383,7 +383,8 @@ class LearnedCosts:
             if record.expected_seconds > 0.0 and drafted == record.num_planned:
                 self.learn_deviation(record.expected_seconds, seconds)
         else:
-            self.overlap.observe(batch, record.draft_seconds if drafted else 0.0, seconds - record.verify_seconds)
+            drafting = record.batch_draft_seconds or seconds - record.verify_seconds
+            self.overlap.observe(batch, record.draft_seconds if drafted else 0.0, drafting)
 
     def learn_round(self, context: int, rows: int, batch: int, verify_seconds: float) -> None:
         """Count the forward of a speculative round (one of the `batch` records of a batched one)."""

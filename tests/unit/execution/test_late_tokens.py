@@ -19,7 +19,7 @@ from paceline.engine import Engine
 from paceline.errors import OptionError
 from paceline.execution.base import Decoding, ForwardOutput, Segment, known
 from paceline.execution.cuda.capture import check
-from paceline.execution.cuda.stepping import InLine, Line, Stepping, decode, placed
+from paceline.execution.cuda.stepping import InLine, Line, Stepping, decode, placed, prepared
 from paceline.records import UNKNOWN, DecodedToken, Draft, LateToken
 from toys import Language, ToyRunner, ToySequence, noisy_language, random_language
 from unit.execution.ahead_toys import VOCAB, AheadToy
@@ -108,6 +108,26 @@ def test_a_late_token_that_comes_to_nothing_is_left_out() -> None:
 
 
 # ---------- forwards ----------
+
+
+def test_sequences_that_read_long_texts_share_forwards_of_64_rows() -> None:
+    lengths = (70, 3, 200, 41, 1, 130)
+    texts = [[(7 * i + k) % VOCAB for k in range(length)] for i, length in enumerate(lengths)]
+    toys = [AheadToy(LANGUAGE) for _ in range(2)]
+    left = []
+    for toy, packed in zip(toys, (True, False), strict=True):
+        jobs = [Decoding(toy.open(), text, 4, lambda _: True) for text in texts]
+        feeds, most = prepared(toy, jobs, 4096, packed=packed)
+        assert most == 4
+        left.append(feeds)
+        for job, text, feed in zip(jobs, texts, feeds, strict=True):
+            sequence = job.sequence
+            assert isinstance(sequence, ToySequence)
+            assert [*sequence.committed, *feed] == text
+    assert left[0] == left[1]
+    read = sum(lengths) - sum(map(len, left[0]))
+    assert read > 300
+    assert toys[0].forwards == -(-read // 64)
 
 
 def test_late_tokens_of_one_line_are_fetched_and_others_waited_for() -> None:

@@ -191,7 +191,7 @@ class CudaRunner(Runner):
     def decode_ahead(self, jobs: Sequence[Decoding]) -> list[Decoded]:
         """See `Runner.decode_ahead`. The device decodes tokens while the host reads those before."""
         own = [owned(job.sequence) for job in jobs]
-        feeds, most = prepared(self, jobs, self.info.max_context)
+        feeds, most = prepared(self, jobs, self.info.max_context, packed=self._passes.reads_pieces)
         self._bring_back()
         ends = [sequence.committed + len(feed) for sequence, feed in zip(own, feeds, strict=True)]
         if self._forwards is None:

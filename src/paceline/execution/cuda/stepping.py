@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from paceline.errors import OptionError
-from paceline.execution.base import Decoded, Decoding, Runner, Segment, known, prefill, with_last
+from paceline.execution.base import Decoded, Decoding, Runner, Segment, SequenceHandle, known, prefill, with_last
 from paceline.execution.cuda.capture import Layout, check
 from paceline.execution.cuda.linears import MAX_ROWS
 from paceline.execution.draws import draw_from, row_weights
@@ -161,8 +161,10 @@ class Steps:
         return [DecodedToken(token, *evidence) for token, evidence in rows]
 
 
-def prepared(runner: Runner, jobs: Sequence[Decoding], max_context: int) -> tuple[list[list[int]], int]:
+def prepared(runner: Runner, jobs: Sequence[Decoding], max_context: int, *, packed: bool = False) -> tuple[list[list[int]], int]:
     """Checks jobs and feeds what is too long for one forward; returns what is left to feed to each, and the number of steps.
+
+    packed: sequences share the forwards that read for them, each of 64 rows.
 
     A sequence that ends early runs along with the others, so all have room for every step. Raises OptionError, ResourceError.
     """
@@ -170,13 +172,41 @@ def prepared(runner: Runner, jobs: Sequence[Decoding], max_context: int) -> tupl
         if job.most < 1 or (job.law is not None and len(job.numbers) < job.most):
             raise OptionError(f"most = {job.most}: must be at least 1, with a random number for each token that is drawn")
     check([Segment(job.sequence, job.feed) for job in jobs], runner.info.vocab_size)
-    feeds = [list(job.feed) for job in jobs]
+    feeds, ahead = [list(job.feed) for job in jobs], list[tuple[SequenceHandle, list[int]]]()
     while sum(map(len, feeds)) > MAX_ROWS:
         longest = max(range(len(feeds)), key=lambda i: len(feeds[i]))
-        prefill(runner, jobs[longest].sequence, feeds[longest][:-1])
+        ahead.append((jobs[longest].sequence, feeds[longest][:-1]))
         feeds[longest] = feeds[longest][-1:]
+    if packed:
+        _read_packed(runner, ahead)
+    else:
+        for sequence, tokens in ahead:
+            prefill(runner, sequence, tokens)
     room = min(max_context - job.sequence.length - len(feed) + 1 for job, feed in zip(jobs, feeds, strict=True))
     return feeds, max(1, min(max(job.most for job in jobs), room))
+
+
+def _read_packed(runner: Runner, texts: Sequence[tuple[SequenceHandle, Sequence[int]]]) -> None:
+    """Feed and commit tokens of several sequences, 64 in a forward, whosesoever they are."""
+    pending, room = list[Segment](), MAX_ROWS
+
+    def read() -> None:
+        runner.forward(pending)
+        for segment in pending:
+            runner.accept(segment.sequence, range(len(segment.tokens)))
+        pending.clear()
+
+    for sequence, tokens in texts:
+        start = 0
+        while start < len(tokens):
+            part = tokens[start : start + room]
+            pending.append(Segment(sequence, part, num_logits=0))
+            start, room = start + len(part), room - len(part)
+            if room == 0:
+                read()
+                room = MAX_ROWS
+    if pending:
+        read()
 
 
 def decode(jobs: Sequence[Decoding], most: int, stepping: Stepping) -> list[Decoded]:
