@@ -161,24 +161,29 @@ class Steps:
         return [DecodedToken(token, *evidence) for token, evidence in rows]
 
 
-def prepared(runner: Runner, jobs: Sequence[Decoding], max_context: int, *, packed: bool = False) -> tuple[list[list[int]], int]:
+Reading = Sequence[tuple[SequenceHandle, Sequence[int]]]
+"""Tokens to feed and commit, by sequence."""
+
+
+def prepared(
+    runner: Runner, jobs: Sequence[Decoding], max_context: int, read: Callable[[Reading], None] | None = None
+) -> tuple[list[list[int]], int]:
     """Checks jobs and feeds what is too long for one forward; returns what is left to feed to each, and the number of steps.
 
-    packed: sequences share the forwards that read for them, each of 64 rows.
-
-    A sequence that ends early runs along with the others, so all have room for every step. Raises OptionError, ResourceError.
+    read: what feeds several sequences; None: one after another. A sequence that ends early runs along with the others, so all have
+    room for every step. Raises OptionError, ResourceError.
     """
     for job in jobs:
         if job.most < 1 or (job.law is not None and len(job.numbers) < job.most):
             raise OptionError(f"most = {job.most}: must be at least 1, with a random number for each token that is drawn")
     check([Segment(job.sequence, job.feed) for job in jobs], runner.info.vocab_size)
-    feeds, ahead = [list(job.feed) for job in jobs], list[tuple[SequenceHandle, list[int]]]()
+    feeds, ahead = [list(job.feed) for job in jobs], list[tuple[SequenceHandle, Sequence[int]]]()
     while sum(map(len, feeds)) > MAX_ROWS:
         longest = max(range(len(feeds)), key=lambda i: len(feeds[i]))
         ahead.append((jobs[longest].sequence, feeds[longest][:-1]))
         feeds[longest] = feeds[longest][-1:]
-    if packed:
-        _read_packed(runner, ahead)
+    if read is not None and ahead:
+        read(ahead)
     else:
         for sequence, tokens in ahead:
             prefill(runner, sequence, tokens)
@@ -186,11 +191,11 @@ def prepared(runner: Runner, jobs: Sequence[Decoding], max_context: int, *, pack
     return feeds, max(1, min(max(job.most for job in jobs), room))
 
 
-def _read_packed(runner: Runner, texts: Sequence[tuple[SequenceHandle, Sequence[int]]]) -> None:
+def read_packed(runner: Runner, texts: Reading) -> None:
     """Feed and commit tokens of several sequences, 64 in a forward, whosesoever they are."""
     pending, room = list[Segment](), MAX_ROWS
 
-    def read() -> None:
+    def forward() -> None:
         runner.forward(pending)
         for segment in pending:
             runner.accept(segment.sequence, range(len(segment.tokens)))
@@ -203,10 +208,10 @@ def _read_packed(runner: Runner, texts: Sequence[tuple[SequenceHandle, Sequence[
             pending.append(Segment(sequence, part, num_logits=0))
             start, room = start + len(part), room - len(part)
             if room == 0:
-                read()
+                forward()
                 room = MAX_ROWS
     if pending:
-        read()
+        forward()
 
 
 def decode(jobs: Sequence[Decoding], most: int, stepping: Stepping) -> list[Decoded]:
