@@ -282,35 +282,3 @@ def test_a_draft_whose_memory_runs_out_is_left_out_and_the_request_goes_on() -> 
 def test_a_budget_that_is_no_amount_is_refused(memory_gb: float) -> None:
     with pytest.raises(OptionError, match="memory_gb"):
         RunnerConfig(memory_gb=memory_gb)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_prompts_read_in_one_pass_leave_what_each_leaves_alone(name: str) -> None:
-    run = runner(name)
-    lengths, begun = (300, 70, 1, 131, 40), (0, 90, 5, 64, 0)
-    pairs = []
-    for i, (length, start) in enumerate(zip(lengths, begun, strict=True)):
-        pair = run.open(), run.open()
-        for sequence in pair:
-            commit(run, sequence, random_tokens(start, i))
-        pairs.append((*pair, random_tokens(length, 20 + i)))
-    assert sum(lengths) > 512
-    run._read([(one, tokens) for one, _, tokens in pairs])
-    for one, other, tokens in pairs:
-        commit(run, other, tokens)
-        assert one.length == other.length
-        got = run.forward([Segment(one, [3, 4])]).logits.clone()
-        assert error(got, run.forward([Segment(other, [3, 4])]).logits) < 2e-2
-        run.close(one)
-        run.close(other)
-
-
-def test_a_batch_with_long_prompts_drafts_what_each_sequence_drafts_alone() -> None:
-    run = runner("cuda_llama")
-    prompts = [random_tokens(250 + 9 * i, i) for i in range(4)]
-    jobs, alone = ([Decoding(run.open(), prompt, 4, lambda _: True) for prompt in prompts] for _ in range(2))
-    together = [[token.token for token in found.settled()] for found in run.decode_ahead(jobs)]
-    single = [[token.token for token in run.decode_ahead([job])[0].settled()] for job in alone]
-    assert [tokens[:1] for tokens in together] == [tokens[:1] for tokens in single]
-    for job, prompt in zip(jobs, prompts, strict=True):
-        assert job.sequence.length == len(prompt) + 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from paceline.engine import Engine
 from paceline.errors import OptionError
 from paceline.execution.base import Decoding, ForwardOutput, Segment, known
 from paceline.execution.cuda.capture import check
-from paceline.execution.cuda.stepping import InLine, Line, Stepping, decode, placed, prepared, read_packed
+from paceline.execution.cuda.stepping import InLine, Line, Stepping, decode, placed, prepared
 from paceline.records import UNKNOWN, DecodedToken, Draft, LateToken
 from toys import Language, ToyRunner, ToySequence, noisy_language, random_language
 from unit.execution.ahead_toys import VOCAB, AheadToy
@@ -118,7 +117,7 @@ def test_sequences_that_read_long_texts_share_forwards_of_64_rows() -> None:
     left = []
     for toy, packed in zip(toys, (True, False), strict=True):
         jobs = [Decoding(toy.open(), text, 4, lambda _: True) for text in texts]
-        feeds, most = prepared(toy, jobs, 4096, partial(read_packed, toy) if packed else None)
+        feeds, most = prepared(toy, jobs, 4096, packed=packed)
         assert most == 4
         left.append(feeds)
         for job, text, feed in zip(jobs, texts, feeds, strict=True):

@@ -6,7 +6,7 @@ matrices that write the residual stream leave partial sums of squares for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from paceline.execution.cuda.capture import Layout, Shape
 from paceline.execution.cuda.linears import MAX_ROWS, PackedLinear, Tuning
 from paceline.execution.cuda.packing import from_column_tiles
-from paceline.execution.cuda.paging import PAGE, PagedCache, PagedSequence
+from paceline.execution.cuda.paging import PagedCache, PagedSequence
 from paceline.execution.structure import LayerWeights, LeanSpec, Matrix, ModelWeights
 
 _TILE = 16
@@ -185,84 +185,48 @@ class Decoder:
 
         The segment is staged in the cache. Any device; the reference of `kernels`.
         """
-        count, start = len(tokens), sequence.committed
+        spec, count, start = self.spec, len(tokens), sequence.committed
         depths, seen = _ancestry(parents, count, start)
+        where = cache.addresses(sequence, start, start + count)
         pages = torch.tensor(sequence.pages, device=self._device)
+        turn = self.rotary[(start + depths).to(self._device), None]
         mask, positions = seen.to(self._device), torch.cat([torch.arange(start), start + depths]).to(self._device)
-
-        def attend(index: int, q: torch.Tensor, window: int | None) -> torch.Tensor:
-            near = mask if window is None else mask & (positions[None, :] > positions[start:, None] - window)
-            keys, values = (self._gathered(pool[index], pages[None], start + count) for pool in (cache.keys, cache.values))
-            return self._attended(q.transpose(0, 1)[None], keys, values, near[None, None])[0]
-
-        x = self._layers(tokens, start + depths, cache.addresses(sequence, start, start + count), cache, attend)
-        x = x[count - wanted :]
-        return self.head.dense(x, self._norm(x))[:, : self.spec.vocab], self._normed(x)
-
-    def read(self, texts: Sequence[tuple[PagedSequence, Sequence[int]]], cache: PagedCache) -> None:
-        """Stage keys and values of chains of several sequences, of whatever lengths, in one pass; without logits. Any device."""
-        counts = torch.tensor([len(tokens) for _, tokens in texts])
-        starts = torch.tensor([sequence.committed for sequence, _ in texts])
-        owners = torch.repeat_interleave(torch.arange(len(texts)), counts)
-        depths = torch.cat([torch.arange(int(count)) for count in counts])
-        positions, longest = starts[owners] + depths, int(counts.max())
-        used = -(-int((starts + counts).max()) // PAGE)
-        tables = torch.zeros(len(texts), used, dtype=torch.int64)  # page 0 where a sequence has none: nobody looks there
-        for row, (sequence, _) in zip(tables, texts, strict=True):
-            own = torch.tensor(sequence.pages[:used])
-            row[: len(own)] = own
-        where = tables[owners, positions // PAGE].to(self._device), (positions % PAGE).to(self._device)
-        places = (owners * longest + depths).to(self._device)
-        last = torch.zeros(len(texts) * longest, dtype=torch.int64, device=self._device)
-        last[places] = positions.to(self._device)  # rows that only fill up see the first key
-        last, slots = last.view(len(texts), 1, longest, 1), torch.arange(used * PAGE, device=self._device)
-        pages, mask = tables.to(self._device), slots <= last
-
-        def attend(index: int, q: torch.Tensor, window: int | None) -> torch.Tensor:
-            near = mask if window is None else mask & (slots > last - window)
-            padded = q.new_zeros(len(texts) * longest, *q.shape[1:])
-            padded[places] = q
-            keys, values = (self._gathered(pool[index], pages, used * PAGE) for pool in (cache.keys, cache.values))
-            rows = padded.view(len(texts), longest, *q.shape[1:]).transpose(1, 2)
-            return self._attended(rows, keys, values, near).flatten(0, 1)[places]
-
-        self._layers([token for _, tokens in texts for token in tokens], positions, where, cache, attend)
-
-    def _layers(
-        self,
-        tokens: Sequence[int],
-        positions: torch.Tensor,
-        where: tuple[torch.Tensor, torch.Tensor],
-        cache: PagedCache,
-        attend: Callable[[int, torch.Tensor, int | None], torch.Tensor],
-    ) -> torch.Tensor:
-        """The residual stream [T, H] bfloat16 behind the last layer. where: page and offset of each token's keys and values.
-
-        attend: of a layer, from its rotated queries [T, heads, D] and its window, what attention gives, [T, heads * D].
-        """
-        spec = self.spec
-        turn = self.rotary[positions.to(self._device), None]
         x = self.embedding[torch.tensor(tokens, device=self._device)] * self._scale
         for index, layer in enumerate(self.layers):
-            qkv = layer.qkv.dense(x, self._norm(x)).view(len(tokens), -1, spec.head_dim)
+            qkv = layer.qkv.dense(x, self._norm(x)).view(count, -1, spec.head_dim)
             q, k, v = torch.tensor_split(qkv, [spec.heads, spec.heads + spec.kv_heads], 1)
             cache.keys[index][where[0], :, where[1]] = _rotated(k, turn).to(torch.bfloat16)
             cache.values[index][where[0], :, where[1]] = v.to(torch.bfloat16)
-            x = (x + layer.o.dense(attend(index, _rotated(q, turn).to(torch.bfloat16), layer.window))).to(torch.bfloat16)
+            near = mask
+            if layer.window is not None:
+                near = mask & (positions[None, :] > positions[start:, None] - layer.window)
+            attended = self._attend(_rotated(q, turn), cache.keys[index], cache.values[index], pages, near)
+            x = (x + layer.o.dense(attended)).to(torch.bfloat16)
             gate, up = layer.gate_up.dense(x, self._norm(x)).chunk(2, -1)
             gate = F.silu(gate) if spec.activation == "silu" else F.gelu(gate, approximate="tanh")
             x = (x + layer.down.dense((gate * up).to(torch.bfloat16))).to(torch.bfloat16)
-        return x
+        x = x[count - wanted :]
+        return self.head.dense(x, self._norm(x))[:, : spec.vocab], self._normed(x)
 
-    def _gathered(self, pool: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:
-        """Keys or values of pages [B, P] as [B, heads, length, D]."""
-        flat = pool[pages].transpose(1, 2).flatten(2, 3)[:, :, :length]
-        return flat.repeat_interleave(self.spec.heads // self.spec.kv_heads, 1)
+    def _attend(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pages: torch.Tensor, seen: torch.Tensor
+    ) -> torch.Tensor:
+        """q [T, heads, D]; returns [T, heads * D] bfloat16."""
+        group = self.spec.heads // self.spec.kv_heads
+        length = seen.shape[1]
 
-    def _attended(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """q [B, heads, T, D], seen [B, 1, T, length]; returns [B, T, heads * D] bfloat16."""
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, scale=self.spec.attention_scale)
-        return out.transpose(1, 2).flatten(2)
+        def gathered(pool: torch.Tensor) -> torch.Tensor:
+            flat = pool[pages].transpose(0, 1).flatten(1, 2)[:, :length]  # [kv heads, tokens, D]
+            return flat.repeat_interleave(group, 0)[None]
+
+        out = F.scaled_dot_product_attention(
+            q.to(torch.bfloat16).transpose(0, 1)[None],
+            gathered(keys),
+            gathered(values),
+            attn_mask=seen[None, None],
+            scale=self.spec.attention_scale,
+        )
+        return out[0].transpose(0, 1).flatten(1)
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
         """[T, 1] float32: what an RMS norm multiplies a row with (its weights are in the matrices)."""

@@ -44,9 +44,10 @@ class Passes:
         self._piecewise = _PIECEWISE if decoder.weight_bytes < _SMALL else 0
         """Longest chain that goes through the kernels in pieces."""
 
-    def takes_long(self, texts: Sequence[Sequence[int]]) -> bool:
-        """Whether the library reads these faster, all at once, than the kernels, 64 rows at a time."""
-        return len(texts) > 1 and sum(map(len, texts)) > self._piecewise
+    @property
+    def reads_pieces(self) -> bool:
+        """Whether the kernels, 64 rows at a time, read prompts faster than the library."""
+        return self._forwards is not None and self._piecewise > 0
 
     def begin(self, segments: Sequence[Segment], want_hidden: bool, line: Line | None) -> Callable[[], ForwardOutput]:
         """Begin a forward over segments that are staged in the cache; returns what waits for its result.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,29 +18,16 @@ from paceline.execution.cuda.memory import GIB, Budget, make_room, plan, registe
 from paceline.execution.cuda.packing import FORMATS
 from paceline.execution.cuda.paging import PAGE, PagedCache, PagedSequence, owned
 from paceline.execution.cuda.passes import Passes
-from paceline.execution.cuda.stepping import (
-    InLine,
-    Line,
-    Reading,
-    Stepping,
-    decode,
-    placed,
-    prepared,
-    read_packed,
-    reference_steps,
-)
+from paceline.execution.cuda.stepping import InLine, Line, Stepping, decode, placed, prepared, reference_steps
 from paceline.execution.structure import describe_structure, merged_weights
 from paceline.models.base import ModelSource
 
 if TYPE_CHECKING:
     from paceline.execution.cuda.forwards import Forwards
 
-_T = TypeVar("_T")
 _MAX_SEQUENCES = 64
 _FULL_SEQUENCES = 32
 """Sequences of full length that the cache has room for, if memory allows."""
-_READ_TOGETHER = 16
-"""Sequences whose prompts a draft reads in one pass of the library: what that needs for a moment grows with them."""
 _CACHE_SHARE = 0.5
 """Of the memory that weights leave, for the cache: a draft, another model or a trainer may come."""
 
@@ -178,44 +165,19 @@ class CudaRunner(Runner):
 
     def _begin(self, segments: Sequence[Segment], want_hidden: bool = False) -> Callable[[], ForwardOutput]:
         check(segments, self._spec.vocab)
-
-        def begin() -> Callable[[], ForwardOutput]:
-            for segment in segments:
-                self._cache.stage(owned(segment.sequence), len(segment.tokens))
-            found, line = self._placed(segments)
-            return self._passes.begin(found, want_hidden, line)
-
-        return self._in_memory(begin)
-
-    def _in_memory(self, begin: Callable[[], _T]) -> _T:
-        """Call what begins a forward, again where memory runs out as long as others can make room. Raises ResourceError."""
         self._bring_back()
         while True:
             try:
                 with torch.inference_mode(), self._here():
-                    return begin()
+                    for segment in segments:
+                        self._cache.stage(owned(segment.sequence), len(segment.tokens))
+                    known_segments, line = self._placed(segments)
+                    return self._passes.begin(known_segments, want_hidden, line)
             except torch.OutOfMemoryError as error:
                 if not make_room(self):
                     raise ResourceError(
                         f"{self._device}: out of memory in a forward ({self.budget}); use fewer sequences or shorter prompts"
                     ) from error
-
-    def _read(self, texts: Reading) -> None:
-        """Feed and commit tokens of several sequences."""
-        if not self._passes.takes_long([tokens for _, tokens in texts]):
-            read_packed(self, texts)
-            return
-        for first in range(0, len(texts), _READ_TOGETHER):
-            group = [(owned(sequence), tokens) for sequence, tokens in texts[first : first + _READ_TOGETHER]]
-
-            def begin(group: list[tuple[PagedSequence, Sequence[int]]] = group) -> None:
-                for sequence, tokens in group:
-                    self._cache.stage(sequence, len(tokens))
-                self._decoder.read(group, self._cache)
-
-            self._in_memory(begin)
-            for sequence, tokens in group:
-                self._cache.accept(sequence, range(len(tokens)))
 
     def _placed(self, segments: Sequence[Segment]) -> tuple[list[Segment], Line | None]:
         """Segments without late tokens: they are fetched, from the line that is returned, or waited for."""
@@ -229,7 +191,7 @@ class CudaRunner(Runner):
     def decode_ahead(self, jobs: Sequence[Decoding]) -> list[Decoded]:
         """See `Runner.decode_ahead`. The device decodes tokens while the host reads those before."""
         own = [owned(job.sequence) for job in jobs]
-        feeds, most = prepared(self, jobs, self.info.max_context, self._read)
+        feeds, most = prepared(self, jobs, self.info.max_context, packed=self._passes.reads_pieces)
         self._bring_back()
         ends = [sequence.committed + len(feed) for sequence, feed in zip(own, feeds, strict=True)]
         if self._forwards is None:

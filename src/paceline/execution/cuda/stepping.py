@@ -161,29 +161,24 @@ class Steps:
         return [DecodedToken(token, *evidence) for token, evidence in rows]
 
 
-Reading = Sequence[tuple[SequenceHandle, Sequence[int]]]
-"""Tokens to feed and commit, by sequence."""
-
-
-def prepared(
-    runner: Runner, jobs: Sequence[Decoding], max_context: int, read: Callable[[Reading], None] | None = None
-) -> tuple[list[list[int]], int]:
+def prepared(runner: Runner, jobs: Sequence[Decoding], max_context: int, *, packed: bool = False) -> tuple[list[list[int]], int]:
     """Checks jobs and feeds what is too long for one forward; returns what is left to feed to each, and the number of steps.
 
-    read: what feeds several sequences; None: one after another. A sequence that ends early runs along with the others, so all have
-    room for every step. Raises OptionError, ResourceError.
+    packed: sequences share the forwards that read for them, each of 64 rows.
+
+    A sequence that ends early runs along with the others, so all have room for every step. Raises OptionError, ResourceError.
     """
     for job in jobs:
         if job.most < 1 or (job.law is not None and len(job.numbers) < job.most):
             raise OptionError(f"most = {job.most}: must be at least 1, with a random number for each token that is drawn")
     check([Segment(job.sequence, job.feed) for job in jobs], runner.info.vocab_size)
-    feeds, ahead = [list(job.feed) for job in jobs], list[tuple[SequenceHandle, Sequence[int]]]()
+    feeds, ahead = [list(job.feed) for job in jobs], list[tuple[SequenceHandle, list[int]]]()
     while sum(map(len, feeds)) > MAX_ROWS:
         longest = max(range(len(feeds)), key=lambda i: len(feeds[i]))
         ahead.append((jobs[longest].sequence, feeds[longest][:-1]))
         feeds[longest] = feeds[longest][-1:]
-    if read is not None and ahead:
-        read(ahead)
+    if packed:
+        _read_packed(runner, ahead)
     else:
         for sequence, tokens in ahead:
             prefill(runner, sequence, tokens)
@@ -191,11 +186,11 @@ def prepared(
     return feeds, max(1, min(max(job.most for job in jobs), room))
 
 
-def read_packed(runner: Runner, texts: Reading) -> None:
+def _read_packed(runner: Runner, texts: Sequence[tuple[SequenceHandle, Sequence[int]]]) -> None:
     """Feed and commit tokens of several sequences, 64 in a forward, whosesoever they are."""
     pending, room = list[Segment](), MAX_ROWS
 
-    def forward() -> None:
+    def read() -> None:
         runner.forward(pending)
         for segment in pending:
             runner.accept(segment.sequence, range(len(segment.tokens)))
@@ -208,10 +203,10 @@ def read_packed(runner: Runner, texts: Reading) -> None:
             pending.append(Segment(sequence, part, num_logits=0))
             start, room = start + len(part), room - len(part)
             if room == 0:
-                forward()
+                read()
                 room = MAX_ROWS
     if pending:
-        forward()
+        read()
 
 
 def decode(jobs: Sequence[Decoding], most: int, stepping: Stepping) -> list[Decoded]:
