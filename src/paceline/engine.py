@@ -237,6 +237,7 @@ class Engine:
             for request in requests:
                 request.assemble_text()
             self._learn(controller)
+            controller.study()
             self._learning = 0.0
         return result(), waited
 
