@@ -237,7 +237,6 @@ class Engine:
             for request in requests:
                 request.assemble_text()
             self._learn(controller)
-            controller.study()
             self._learning = 0.0
         return result(), waited
 

@@ -59,9 +59,6 @@ class Controller(ABC):
     def observe(self, record: StepRecord) -> None:
         """Learn from a finished round."""
 
-    def study(self) -> None:
-        """There is time, for a device works by itself: learn what can wait until then. Called in every round, or never."""
-
     def finish(self, request_id: int) -> None:
         """The request ended: forget its own state."""
 

@@ -87,11 +87,6 @@ class Lesson:
         """It should not wait for others."""
         return self.lag is None or self.record.probe or self.record.batch_size > 1
 
-    @property
-    def can_wait(self) -> bool:
-        """The next round may be planned without it: it settled its costs, and says little that others of its kind did not say."""
-        return self.record.batch_size > 1 and self.lag is not None and not self.record.probe
-
 
 def is_speculative(record: StepRecord) -> bool:
     """Whether it, or another sequence of its batch, drafted in the round."""

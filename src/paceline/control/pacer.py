@@ -103,8 +103,6 @@ class Pacer(Controller):
         """Settled rounds that are yet to be learnt from."""
         self._renewing = False
         """The running round is to tell the price of a plain step."""
-        self._studies = False
-        """Somebody calls `study`."""
         if options.explain:
             self.explain()
 
@@ -217,14 +215,7 @@ class Pacer(Controller):
                 self._settle(rounds[0], longest)
             else:
                 self._settle_plain(rounds)
-        if not self._lessons or (self._studies and self._lessons[-1].can_wait):
-            return
-        if self._lessons[-1].is_pressing or len(self._lessons) >= _TOGETHER:
-            self._learn()
-
-    def study(self) -> None:
-        self._studies = True
-        if self._lessons and self._lessons[-1].can_wait:
+        if self._lessons and (self._lessons[-1].is_pressing or len(self._lessons) >= _TOGETHER):
             self._learn()
 
     def _settle(self, record: StepRecord, longest: int) -> None:

@@ -145,9 +145,6 @@ class Tracing(Controller):
         self._writer.add(Round(record, tuple(features), self._outlooks.pop(record.request_id, ())))
         self.inner.observe(record)
 
-    def study(self) -> None:
-        self.inner.study()
-
     def finish(self, request_id: int) -> None:
         self._features.pop(request_id, None)
         self._outlooks.pop(request_id, None)
