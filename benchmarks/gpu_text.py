@@ -148,6 +148,7 @@ def summary(results: Sequence[GenerationResult], plain: Sequence[GenerationResul
         "tokens_per_s": round(tokens / seconds, 2),
         "over_plain": round(tokens / seconds / base, 4),
         "worst_prompt_over_plain": round(min(p.decode_seconds / r.decode_seconds for r, p in zip(results, plain, strict=True)), 4),
+        "worst_prompt": worst_prompt(results, plain),
         "same_text_as_plain": all(a.token_ids == b.token_ids for a, b in zip(results, plain, strict=True)),
         "share_of_predicted": round((verifying + drafting) / sum(s.round_seconds for s in later), 4),
         "predicted_over_verify_time": round(verifying / sum(s.verify_seconds for s in later), 4),
@@ -156,6 +157,27 @@ def summary(results: Sequence[GenerationResult], plain: Sequence[GenerationResul
         "acceptance": round(sum(s.num_accepted for s in rounds) / drafted, 4) if drafted else None,
         "first_round_ms": round(1e3 * statistics.median(r.steps[0].round_seconds for r in results), 2),
         "host_share": round(1 - sum(s.verify_seconds + s.draft_seconds for s in rounds) / seconds, 4),
+    }
+
+
+def worst_prompt(results: Sequence[GenerationResult], plain: Sequence[GenerationResult]) -> dict[str, Any]:
+    """What the prompt with the worst ratio to plain decoding took: drafting, and the rest of its rounds over those of plain."""
+    number = min(range(len(plain)), key=lambda i: plain[i].decode_seconds / results[i].decode_seconds)
+    one, other = results[number], plain[number]
+    drafting = sum(s.draft_seconds for s in one.steps)
+    return {
+        "number": number,
+        "prompt_tokens": one.num_prompt_tokens,
+        "tokens": one.num_tokens,
+        "rounds_with_a_draft": sum(s.num_drafted > 0 for s in one.steps),
+        "drafted": one.num_drafted,
+        "accepted": one.num_accepted,
+        "drafting_ms": round(1e3 * drafting, 2),
+        "first_draft_ms": round(1e3 * one.steps[0].draft_seconds, 2),
+        "controller_ms": round(1e3 * sum(s.control_seconds for s in one.steps), 2),
+        "over_plain_ms": round(1e3 * (one.decode_seconds - other.decode_seconds), 2),
+        "longest_round_ms": round(1e3 * max(s.round_seconds for s in one.steps), 2),
+        "longest_plain_round_ms": round(1e3 * max(s.round_seconds for s in other.steps), 2),
     }
 
 

@@ -22,8 +22,9 @@ TAIL = 128
 ROW_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 20, 24, 28, 32, 48, 64)
 GENERAL_ROWS = (8, 16, 32, 48, 64)
 """Rows of graphs that serve any batch of so many rows, captured before the first round."""
-CAPTURE_AFTER = 16
-"""Forwards of a shape that a more general graph serves before it gets its own: a capture takes as long as several plain steps."""
+CAPTURE_AFTER = 128
+"""Forwards of a shape that a more general graph serves before it gets its own: a capture takes as long as several plain steps, and
+what its own graph saves is a few percent of a forward at most."""
 LEAST_CHUNKS = 8
 """Of keys in attention's grid: idle blocks of short contexts cost less than more graphs."""
 _FIELDS = ("tokens", "lengths", "depths", "indices", "sequences", "sources")
