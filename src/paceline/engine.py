@@ -193,7 +193,7 @@ class Engine:
     # ---------- the loop ----------
 
     def _round(self, requests: Sequence[Request], controller: Controller) -> None:
-        """One draft-and-verify cycle of every request, in one forward of the target. `_learn` comes before anybody asks for it."""
+        """One draft-and-verify cycle of every request, in one forward of the target. Its lessons wait for `_learn`."""
         if not self._learns_later(requests, controller):
             self._learn(controller)
         started, prepared = perf_counter() - self._learning, self._warmup_seconds()
@@ -241,8 +241,8 @@ class Engine:
         return result(), waited
 
     def _learns_later(self, requests: Sequence[Request], controller: Controller) -> bool:
-        """Whether the last round can wait until the device works on the coming one: when that one is plain whatever the last one
-        taught, which grants no time to anybody."""
+        """Whether the last round can wait until the device works on the coming one: that one is plain already, and grants nobody
+        time that the bank would have to know of."""
         if not self.runner.works_apart:
             return False
         return all(not r.sessions or controller.plan_unseen(r.task, len(requests)) is not None for r in requests)
@@ -255,10 +255,11 @@ class Engine:
         finished, self._finished = self._finished, []
         for request, record in finished:
             request.steps.append(record())
+        if not finished or not finished[0][0].sessions:
+            return
         started = perf_counter()
         for request, _ in finished:
-            if request.sessions:
-                controller.observe(request.steps[-1])
+            controller.observe(request.steps[-1])
         self._learning += perf_counter() - started
 
     def _draft(self, requests: Sequence[Request], controller: Controller) -> tuple[list[Round], int]:

@@ -145,7 +145,7 @@ def test_plain_calls_show_the_controller_nothing_and_have_all_their_records() ->
     made = engine_of(controller, happened).generate(PROMPTS, SamplingParams(max_tokens=9, ignore_eos=True), plain=True)
     assert controller.shown == []
     assert all(sum(step.num_emitted for step in result.steps) == result.num_tokens == 9 for result in made)
-    assert all(step.num_drafted == 0 for result in made for step in result.steps)
+    assert all(step.num_drafted == 0 and step.control_seconds == 0.0 for result in made for step in result.steps)
 
 
 def test_text_is_made_while_the_device_works(monkeypatch: pytest.MonkeyPatch) -> None:
