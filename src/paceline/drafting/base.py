@@ -43,6 +43,8 @@ class DrafterContext:
     """The target's runner, for drafters that run parts of it or read its states."""
     source: ModelSource | None = None
     """The target's configuration and weights, for heads that share its embedding and output matrix."""
+    row_cost: float | None = None
+    """What one more row of the target's forward costs, in plain steps; None where that is not known."""
     level_costs: Callable[[Drafter, Drafter], CostTable] | None = None
     """What forwards of a drafter's model cost when it verifies (first argument), with the first figures of the drafter that drafts
     for it (second); None where nothing was measured."""

@@ -15,6 +15,16 @@ SIGNALS = (0, 1, 2, 3, 4, 6, 8, 12, 17)
 """Signal of each level, far enough apart for a controller that takes signals for lengths and groups the long ones."""
 
 
+_CHANCES = (56, 92, 140, 178, 204, 227, 243)
+"""Estimates of a first token that divide the levels, in 255ths: halfway between what a controller expects of each."""
+_BY_CHANCE = tuple(SIGNALS[1 + bisect_right(_CHANCES, chance)] for chance in range(256))
+
+
+def chance_signal(chance: int) -> int:
+    """Signal of a look-up that knows the chance of its first token, in 255ths."""
+    return _BY_CHANCE[chance]
+
+
 def look_up_level(matched: int, agreement: int) -> int:
     """Level 1 to 8 of a look-up. agreement: 1 when several places continue alike, 0 for a single place, -1 when they differ."""
     if agreement < 0:

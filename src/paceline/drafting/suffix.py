@@ -3,7 +3,8 @@
 Needs no model and no training. The draft's length adapts to the match: long matches propose more. Costs a few microseconds a round
 (`suffix_native`), some hundreds where nothing can be compiled (`suffix_index`; `speculation` defines the statistics).
 
-The chain is the paper's. The tree holds what followed any match, long or short, here or in past outputs, most votes first (ours).
+The chain is the paper's. The tree holds what followed any match, long or short, here or in past outputs, and what the target tends
+to say after such words (`ngram_table`), most votes first (ours).
 """
 
 from __future__ import annotations
@@ -11,15 +12,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from paceline.drafting.base import Drafter, DrafterContext, DrafterSpec, DraftSession, KeepDrafting, SequenceView
+from paceline.drafting.ngram_table import NgramTable, find_shipped, load_table, vocabulary_digest
 from paceline.drafting.options import number, whole
 from paceline.drafting.speculation import Limits
 from paceline.drafting.suffix_index import TokenIndex
 from paceline.drafting.suffix_native import open_index
+from paceline.errors import OptionError
+from paceline.models.base import Tokenizer
 from paceline.records import Draft, Outlook
 
-_LEAST_IN_CHAINS, _LEAST_IN_TREES = 0.1, 0.2
+_LEAST_IN_CHAINS = 0.1
+_LEAST_IN_TREES, _SPEED = (0.02, 0.2), 1.5
+"""The least chance of a path in a tree is what one more row costs, in plain steps, at the speed that drafting may reach; within
+these bounds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,10 +35,13 @@ class SuffixOptions:
     """Settings of `suffix`. The released code's defaults are factor 1, offset 0, min_prob 0.1, depth 64."""
 
     factor: float = 2.0
-    """A match of m tokens may propose factor * m + offset tokens; the controller cuts further."""
+    """In chains a match of m tokens may propose factor * m + offset tokens; the controller cuts further."""
     offset: float = 0.0
     min_prob: float | None = None
-    """Least estimated probability of a proposed path; None: 0.1 in chains (the released code), 0.2 in trees."""
+    """Least estimated probability of a proposed path; None: 0.1 in chains (the released code), in trees what a row costs here."""
+    table: str = "auto"
+    """What trees ask for what the target tends to say: a file made by `paceline train ngrams`, `none`, or `auto` for the one that
+    comes with the package, if it fits the target's vocabulary."""
     max_match: int = 64
     """Longest suffix that is compared."""
     max_places: int = 32
@@ -45,6 +56,8 @@ class SuffixOptions:
         number("offset", self.offset, -64.0, 64.0)
         if self.min_prob is not None:
             number("min_prob", self.min_prob, 0.0, 1.0)
+        if not isinstance(self.table, str) or not self.table:
+            raise OptionError(f"table = {self.table!r}: must be auto, none, or the path of a file")
         whole("max_match", self.max_match, 1, 1024)
         whole("max_places", self.max_places, 1, 64)
         number("past_weight", self.past_weight, 0.01, 1.0)
@@ -88,23 +101,36 @@ class SuffixDrafter(Drafter):
 
     options_type = SuffixOptions
 
-    def __init__(self, options: SuffixOptions | None = None, name: str = "suffix", *, tree: bool = False) -> None:
+    def __init__(
+        self,
+        options: SuffixOptions | None = None,
+        name: str = "suffix",
+        *,
+        tree: bool = False,
+        table: NgramTable | None = None,
+        row_cost: float | None = None,
+    ) -> None:
+        """row_cost: as in `DrafterContext`."""
         self.name = name
         self.options = options or SuffixOptions()
+        low, high = _LEAST_IN_TREES
+        least = _LEAST_IN_CHAINS if not tree else high if row_cost is None else min(max(_SPEED * row_cost, low), high)
         self.limits = Limits(
             factor=self.options.factor,
             offset=self.options.offset,
-            min_prob=self.options.min_prob if self.options.min_prob is not None else _LEAST_IN_TREES if tree else _LEAST_IN_CHAINS,
+            min_prob=least if self.options.min_prob is None else self.options.min_prob,
             tree=tree,
             max_match=self.options.max_match,
             max_places=self.options.max_places,
             past_weight=self.options.past_weight,
+            table=table,
         )
         self.store = OutputStore(self.options.store_tokens)
 
     @classmethod
-    def build(cls, spec: DrafterSpec, options: SuffixOptions, _: DrafterContext) -> SuffixDrafter:
-        return cls(options, str(spec), tree=spec.tree)
+    def build(cls, spec: DrafterSpec, options: SuffixOptions, context: DrafterContext) -> SuffixDrafter:
+        table = _open_table(options.table, context.tokenizer) if spec.tree else None
+        return cls(options, str(spec), tree=spec.tree, table=table, row_cost=context.row_cost)
 
     def open(self, view: SequenceView) -> SuffixSession:
         return SuffixSession(self, view)
@@ -116,7 +142,19 @@ class SuffixDrafter(Drafter):
         self.store = OutputStore(self.options.store_tokens)
 
     def memory_bytes(self) -> int:
-        return self.store.memory_bytes()
+        return self.store.memory_bytes() + (self.limits.table.memory_bytes() if self.limits.table is not None else 0)
+
+
+def _open_table(name: str, tokenizer: Tokenizer | None) -> NgramTable | None:
+    """The table that the option names. Raises OptionError when its ids are those of another vocabulary, CacheError when damaged."""
+    if name == "none" or tokenizer is None:
+        return None
+    if name == "auto":
+        return find_shipped(tokenizer)
+    table = load_table(Path(name))
+    if table.vocabulary != vocabulary_digest(tokenizer):
+        raise OptionError(f"table = {name!r}: was counted with another tokenizer than the target's; make one with this target")
+    return table
 
 
 class SuffixSession(DraftSession):

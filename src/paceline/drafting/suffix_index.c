@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ABI = 2, SIZES = 3, BREAK = -1, MOST_PLACES = 64, MOST_TOKENS = 64 };
+enum { ABI = 3, SIZES = 3, BREAK = -1, MOST_PLACES = 64, MOST_TOKENS = 64, WIDTH = 3, MOST_ORDERS = 8 };
 static const int32_t GRAM[SIZES] = {6, 2, 1};
 
 typedef struct {
@@ -20,10 +20,19 @@ typedef struct {
     uint64_t mask;
 } Index;
 
+typedef struct {  // as in ngram_table.py
+    const uint32_t *starts;   // of each bucket
+    const uint16_t *checks;
+    const uint32_t *tokens;   // WIDTH for each check
+    const uint8_t *chances;   // likewise, in 256ths
+    int32_t orders;
+} Table;
+
 typedef struct {
-    double factor, offset, min_prob, contested, agreed, past_weight;
+    double factor, offset, min_prob, contested, agreed, past_weight, unknown;
     const int32_t *end_ids;
-    int32_t num_end_ids, max_match, max_places, tree;
+    const Table *table;  // NULL: none
+    int32_t num_end_ids, max_match, max_places, tree, most_unknown;
 } Query;
 
 typedef struct {
@@ -199,6 +208,38 @@ static int32_t token_at(const Walk *walk, int place, int32_t leaf, int32_t depth
     return walk->found->tokens[leaf];
 }
 
+// Where the longest known context at the end of a text is in a table; -1: nowhere. latest: the text's last tokens, the last one first.
+static int64_t find_context(const Table *table, const int32_t *latest, int32_t count) {
+    for (int32_t order = count < table->orders ? count : table->orders; order > 0; order--) {
+        uint64_t value = (uint64_t)order;
+        for (int32_t i = order - 1; i >= 0; i--) value = value * 0x9E3779B97F4A7C15u + (uint64_t)(latest[i] + 1);
+        value = (value ^ value >> 31) * 0xBF58476D1CE4E5B9u;
+        uint32_t key = (uint32_t)(value >> 32), last = table->starts[(key >> 16) + 1];
+        for (uint32_t at = table->starts[key >> 16]; at < last; at++)
+            if (table->checks[at] == (uint16_t)key) return at;
+    }
+    return -1;
+}
+
+// Adds `weight` votes to what the table says after the path to node `leaf` of `walk`, or nothing; returns the number of groups.
+static int consult(const Walk *walk, int32_t leaf, double weight, Group *groups, int count) {
+    const Table *table = walk->query->table;
+    int32_t latest[MOST_ORDERS], known = 0;
+    for (; leaf >= 0 && known < table->orders; leaf = walk->found->parents[leaf]) latest[known++] = walk->found->tokens[leaf];
+    for (int64_t at = walk->text->length; at > 0 && known < table->orders;) latest[known++] = walk->text->entries[--at].token;
+    int64_t at = find_context(table, latest, known);
+    for (int i = 0; at >= 0 && i < WIDTH; i++) {
+        uint8_t chance = table->chances[WIDTH * at + i];
+        if (!chance) continue;
+        int32_t token = (int32_t)table->tokens[WIDTH * at + i];
+        int g = 0;
+        while (g < count && groups[g].token != token) g++;
+        if (g == count) groups[count++] = (Group){token, 0, 0.0};
+        groups[g].weight += weight * ((chance + 0.5) / 256.0);
+    }
+    return count;
+}
+
 // Groups the places of `owner` by the token they have come to, in order of first appearance; returns the number of groups.
 static int group(const Walk *walk, int32_t owner, int32_t leaf, int32_t depth, Group *groups) {
     int count = 0;
@@ -267,22 +308,45 @@ static int before(const Node *a, const Node *b) {
     return a->token < b->token;
 }
 
-// Emit the paths with the largest shares of `total` votes first. Waiting nodes own disjoint places, so there are at most as many.
-static void tree_walk(Walk *walk, double total) {
-    Group groups[MOST_VOTERS];
-    Node waiting[MOST_VOTERS];
+// The weight of all places of `owner`, and whether there are any.
+static double weigh(const Walk *walk, int32_t owner, int *any) {
+    double total = 0.0;
+    *any = 0;
+    for (int i = 0; i < walk->places; i++)
+        if (walk->owner[i] == owner) {
+            total += walk->weight[i];
+            *any = 1;
+        }
+    return total;
+}
+
+enum { MOST_WAITING = MOST_VOTERS + WIDTH * (MOST_TOKENS + 1) };
+
+// Emit the paths with the largest estimates first. Waiting nodes own disjoint places, or are what the table says. unknown: votes beside
+// those of the places on the first token.
+static void tree_walk(Walk *walk, double unknown) {
+    Group groups[MOST_VOTERS + WIDTH];
+    Node waiting[MOST_WAITING];
     Found *found = walk->found;
     int count = 0;
     int32_t owners = 0;
     Node from = {.path = 1.0, .parent = -1, .token = BREAK};
     for (;;) {
         int32_t leaf = found->count - 1;
-        int num_groups = is_end(walk->query, from.token) ? 0 : group(walk, from.owner, leaf, from.depth, groups);
+        int any = 0, num_groups = 0;
+        double total = 0.0;
+        if (!is_end(walk->query, from.token)) {
+            double weight = weigh(walk, from.owner, &any), open_votes = any ? unknown / (1.0 + 0.5 * from.depth) : 1.0;
+            if (any) num_groups = group(walk, from.owner, leaf, from.depth, groups);
+            if (walk->query->table && open_votes > 0.0) num_groups = consult(walk, leaf, open_votes, groups, num_groups);
+            total = weight + open_votes;
+        }
         for (int g = 0; g < num_groups; g++) {
-            double path = groups[g].weight / total;
+            double share = groups[g].weight / total, path = from.path * share;
             if (path < walk->query->min_prob) continue;
-            advance(walk, from.owner, leaf, from.depth, groups[g].token, ++owners);
-            waiting[count++] = (Node){path, path / from.path, leaf, groups[g].token, owners, from.depth + 1};
+            owners++;
+            if (groups[g].count) advance(walk, from.owner, leaf, from.depth, groups[g].token, owners);
+            waiting[count++] = (Node){path, share, leaf, groups[g].token, owners, from.depth + 1};
         }
         if (!count || found->count >= walk->budget) return;
         int best = 0;
@@ -332,12 +396,11 @@ int paceline_suffix_search(const Index *index, const Index *text, const Query *q
     return better;
 }
 
-// The tree of what followed the end of `text`, there and in `past`, by votes.
+// The tree of what followed the end of `text`, there and in `past`, and of what the table says, by votes.
 void paceline_suffix_vote(const Index *text, const Index *past, const Query *query, int max_tokens, Found *found) {
     Place places[MOST_PLACES];
     Walk walk = {.query = query, .found = found, .text = text};
     int32_t tail = text->length < query->max_match ? (int32_t)text->length : query->max_match, longest = 0;
-    double total = 0.0, most = 0.0;
     found->count = 0;
     found->score = 0.0;
     for (int pass = 0; pass < 2; pass++) {
@@ -348,21 +411,18 @@ void paceline_suffix_vote(const Index *text, const Index *past, const Query *que
         for (int i = 0; i < known; i++) {
             if (index == text && places[i].start == text->length) continue;  // the end itself
             int32_t matched = places[i].matched;
-            double weight = (pass ? query->past_weight : 1.0) * (matched * matched);
-            add_place(&walk, index, places[i].start, weight);
-            total += weight;
-            if (weight > most) most = weight;
+            add_place(&walk, index, places[i].start, (pass ? query->past_weight : 1.0) * (matched * matched));
             if (matched > longest) longest = matched;
         }
     }
-    if (!walk.places) return;
-    walk.budget = budget_of(query, longest, max_tokens);
-    tree_walk(&walk, total + most);
+    walk.budget = max_tokens < MOST_TOKENS ? max_tokens : MOST_TOKENS;
+    tree_walk(&walk, query->unknown * (longest < query->most_unknown ? longest : query->most_unknown));
     found->matched = longest;
 }
 
 // Appends tokens to `text`, and searches it and then `past`. Returns -1 when memory ran out, 0 for no proposal, else the number of
-// tokens in bits 0-7, in bits 8-9 one more than whether the places agree on the first token, and above the tokens that matched.
+// tokens in bits 0-7, and above: of a tree the estimate of its first token in 255ths, of a chain in bits 8-9 one more than whether
+// the places agree on its first token, and the tokens that matched above.
 int paceline_suffix_look(Index *text, const int32_t *tokens, int64_t count, const Index *past, const Query *query, int max_tokens,
                          Found *found) {
     found->count = 0;
@@ -375,6 +435,7 @@ int paceline_suffix_look(Index *text, const int32_t *tokens, int64_t count, cons
         paceline_suffix_search(past, text, query, max_tokens, found->score / query->past_weight, found);
     }
     if (!found->count) return 0;
+    if (query->tree) return found->count | (int)(found->confidences[0] * 255.0) << 8;
     int agrees = (found->confidences[0] > query->agreed) - (found->confidences[0] < query->contested);
     return found->count | (agrees + 1) << 8 | found->matched << 10;
 }

@@ -19,17 +19,18 @@ from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from typing import TypeVar
 
+from paceline.drafting.ngram_table import MOST_ORDERS
 from paceline.drafting.speculation import (
     BREAK,
     MOST_TOKENS,
+    MOST_UNKNOWN,
     NOTHING,
+    UNKNOWN,
     Limits,
     Place,
     Speculation,
     Voter,
-    agreement,
-    budget_of,
-    signal,
+    evidence_of,
     speculate,
     tree_walk,
 )
@@ -77,7 +78,7 @@ class TokenIndex(ABC):
             found = past.search(self, limits, max_tokens, bar)
             found = own if found is bar else found
         self._proposal = found
-        return len(found.tokens), signal(found.matched, agreement(found)) if found.tokens else 0
+        return len(found.tokens), evidence_of(found, limits)
 
     def proposal(self, most: int = MOST_TOKENS) -> Speculation:
         """What the last `look` found, of which at least the first `most` tokens."""
@@ -91,8 +92,8 @@ class TokenIndex(ABC):
     def vote(self: Same, past: Same, limits: Limits, max_tokens: int) -> Speculation:
         """A tree of what followed the end of this text, here and in `past`.
 
-        Each place votes with the square of the tokens that it agrees in, those of `past` times `past_weight`; one more vote, as
-        strong as the strongest, is for nothing. A path's estimate is its share of all votes. The longest match sets the budget.
+        Each place votes with the square of the tokens that it agrees in, those of `past` times `past_weight`. `UNKNOWN` votes for
+        each token of the longest match go to what the limits' table says, whose word alone counts where no place is.
         """
 
     @abstractmethod
@@ -191,17 +192,16 @@ class SuffixIndex(TokenIndex):
     def vote(self, past: SuffixIndex, limits: Limits, max_tokens: int) -> Speculation:
         tail = self.tokens[-limits.max_match :]
         voters: list[Voter] = []
-        longest, total, strongest = 0, 0.0, 0.0
+        longest = 0
         for source, trust in ((self, 1.0), (past, limits.past_weight)):
             for places in source.places(tail, limits.max_places):
                 for matched, start in places:
                     if source is self and start == len(self.tokens):
                         continue  # the end itself
-                    weight = trust * (matched * matched)
-                    voters.append(Voter(weight, source.tokens, start, source is self))
-                    longest, total, strongest = max(longest, matched), total + weight, max(strongest, weight)
-        budget = budget_of(limits, longest, min(max_tokens, MOST_TOKENS))
-        found = tree_walk(voters, total + strongest, budget, limits, longest)
+                    voters.append(Voter(trust * (matched * matched), source.tokens, start, source is self))
+                    longest = max(longest, matched)
+        unknown, end = UNKNOWN * min(longest, MOST_UNKNOWN), self.tokens[-MOST_ORDERS:]
+        found = tree_walk(voters, min(max_tokens, MOST_TOKENS), limits, longest, unknown, end)
         return found if found.tokens else NOTHING
 
     def memory_bytes(self) -> int:

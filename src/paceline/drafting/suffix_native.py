@@ -11,8 +11,19 @@ from functools import cache
 from pathlib import Path
 
 from paceline import compiled
+from paceline.drafting.evidence import chance_signal
 from paceline.drafting.options import whole
-from paceline.drafting.speculation import AGREED, CONTESTED, MOST_TOKENS, NOTHING, Limits, Speculation, signal
+from paceline.drafting.speculation import (
+    AGREED,
+    CONTESTED,
+    MOST_TOKENS,
+    MOST_UNKNOWN,
+    NOTHING,
+    UNKNOWN,
+    Limits,
+    Speculation,
+    signal,
+)
 from paceline.drafting.suffix_index import SuffixIndex, TokenIndex
 from paceline.errors import ResourceError
 
@@ -21,17 +32,22 @@ _SOURCES = compiled.Sources(
     folder=Path(__file__).parent,
     files=("suffix_index.c",),
     flags=("-O2", "-ffp-contract=off"),
-    abi=("paceline_suffix_abi", 2),
+    abi=("paceline_suffix_abi", 3),
 )
 _MOST_PLACES = 64
 """Room that the C code has for places."""
 
 
+class _Table(ctypes.Structure):
+    _fields_ = (*((name, c_void_p) for name in ("starts", "checks", "tokens", "chances")), ("orders", c_int32))
+
+
 class _Query(ctypes.Structure):
     _fields_ = (
-        *((name, c_double) for name in ("factor", "offset", "min_prob", "contested", "agreed", "past_weight")),
+        *((name, c_double) for name in ("factor", "offset", "min_prob", "contested", "agreed", "past_weight", "unknown")),
         ("end_ids", c_void_p),
-        *((name, c_int32) for name in ("num_end_ids", "max_match", "max_places", "tree")),
+        ("table", c_void_p),
+        *((name, c_int32) for name in ("num_end_ids", "max_match", "max_places", "tree", "most_unknown")),
     )
 
 
@@ -87,6 +103,7 @@ class NativeIndex(TokenIndex):
         self._look = library.paceline_suffix_look
         self._limits: Limits | None = None
         self._query, self._ends, self._found = _Query(), array("i"), _Found()
+        self._table = _Table()
         self._query_at, self._found_at = byref(self._query), byref(self._found)
         weakref.finalize(self, library.paceline_suffix_close, handle)
 
@@ -115,6 +132,8 @@ class NativeIndex(TokenIndex):
         if packed <= 0:
             self._check(packed + 1)
             return 0, 0
+        if limits.tree:
+            return packed & 0xFF, chance_signal(packed >> 8)
         return packed & 0xFF, signal(packed >> 10, (packed >> 8 & 3) - 1)
 
     def proposal(self, most: int = MOST_TOKENS) -> Speculation:
@@ -151,8 +170,20 @@ class NativeIndex(TokenIndex):
         query = self._query
         query.factor, query.offset, query.min_prob = limits.factor, limits.offset, limits.min_prob
         query.contested, query.agreed, query.past_weight = CONTESTED, AGREED, limits.past_weight
+        query.unknown, query.most_unknown = UNKNOWN, MOST_UNKNOWN
         query.end_ids, query.num_end_ids = address, count
+        query.table = self._table_of(limits)
         query.max_match, query.max_places, query.tree = limits.max_match, limits.max_places, limits.tree
+
+    def _table_of(self, limits: Limits) -> int | None:
+        """Address of the limits' table as C reads it, whose arrays the limits keep alive."""
+        table = limits.table
+        if table is None:
+            return None
+        for name in ("starts", "checks", "tokens", "chances"):
+            setattr(self._table, name, getattr(table, name).ctypes.data)
+        self._table.orders = table.orders
+        return ctypes.addressof(self._table)
 
     def _check(self, done: int) -> None:
         if not done:

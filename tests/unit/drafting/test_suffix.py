@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from paceline.drafting.ngram_table import WIDTH, NgramTable, context_key, from_contexts
 from paceline.drafting.registry import parse_spec
 from paceline.drafting.speculation import Limits, Place, Speculation, agreement, followers, path_walk, speculate
 from paceline.drafting.suffix import OutputStore, SuffixDrafter, SuffixOptions
@@ -97,15 +98,60 @@ def vote(text: list[int], past: list[list[int]], limits: Limits, max_tokens: int
     return index.vote(outputs, replace(limits, tree=True), max_tokens)
 
 
-def test_places_vote_with_the_square_of_their_match_and_one_vote_is_for_nothing() -> None:
-    # 1 2 -> 5 agrees in two tokens, 2 -> 6 in one: votes 4, 1 and 4 for nothing.
-    found = vote([1, 2, 5, 7, 2, 6, 1, 2], [[]], Limits(factor=1.5))
-    assert (found.tokens, found.parents, found.matched) == ((5, 7, 2), (-1, 0, 1), 2)
-    assert found.confidences == pytest.approx((4 / 9, 1, 1))
-    assert found.score == pytest.approx(3 * 4 / 9)
-    both = vote([1, 2, 5, 7, 2, 6, 1, 2], [[]], Limits(factor=8.0, min_prob=0.05, end_ids=frozenset({5, 6})))
+def test_places_vote_with_the_square_of_their_match_and_some_votes_are_for_nothing() -> None:
+    # 1 2 -> 5 agrees in two tokens, 2 -> 6 in one: votes 4, 1 and 3 * 2 for nothing; one step deeper 3 * 2 / 1.5.
+    found = vote([1, 2, 5, 7, 2, 6, 1, 2], [[]], Limits(min_prob=0.12))
+    assert (found.tokens[:2], (found.parents or ())[:2], found.matched) == ((5, 7), (-1, 0), 2)
+    assert found.confidences[:2] == pytest.approx((4 / 11, 4 / 8))
+    assert found.score == pytest.approx(4 / 11 * (1 + 4 / 8))
+    both = vote([1, 2, 5, 7, 2, 6, 1, 2], [[]], Limits(min_prob=0.05, end_ids=frozenset({5, 6})))
     roots = {t: c for t, p, c in zip(both.tokens, both.parents or (), both.confidences, strict=True) if p < 0}
-    assert roots == pytest.approx({5: 4 / 9, 6: 1 / 9})
+    assert roots == pytest.approx({5: 4 / 11, 6: 1 / 11})
+
+
+def test_votes_for_nothing_grow_with_the_longest_match_up_to_eight_tokens() -> None:
+    def first(length: int) -> float:
+        phrase = list(range(10, 10 + length))
+        return vote([*phrase, 5, 6, *phrase], [[]], Limits()).confidences[0]
+
+    assert [first(m) for m in (1, 2, 8, 20)] == pytest.approx([1 / 4, 4 / 10, 64 / 88, 400 / 424])
+
+
+def table_of(chances: dict[tuple[int, ...], dict[int, float]]) -> NgramTable:
+    keys = np.array([context_key(context) for context in chances], dtype=np.uint64)
+    tokens, best = np.zeros((len(keys), WIDTH), np.int64), np.zeros((len(keys), WIDTH))
+    for row, following in enumerate(chances.values()):
+        tokens[row, : len(following)], best[row, : len(following)] = list(following), list(following.values())
+    return from_contexts(keys, tokens, best, 3, "")
+
+
+def test_what_no_place_knows_is_what_the_table_says() -> None:
+    table = table_of({(2,): {7: 0.5, 8: 0.25}, (2, 7): {9: 0.75}})
+    limits = Limits(table=table, min_prob=0.1)
+    alone = vote([4, 3, 2], [[]], limits)
+    assert (alone.tokens, alone.parents, alone.matched) == ((7, 9, 8), (-1, 0, -1), 0)
+    assert alone.confidences == pytest.approx((0.5, 0.75, 0.25), abs=0.003)
+    # A place of one token says 8: one vote of its own, and of the three for anything else the table's share.
+    joined = vote([2, 8, 3, 2], [[]], limits)
+    firsts = {t: c for t, p, c in zip(joined.tokens, joined.parents or (), joined.confidences, strict=True) if p < 0}
+    assert firsts == pytest.approx({7: 3 * 0.5 / 4, 8: (1 + 3 * 0.25) / 4}, abs=0.003)
+
+
+def test_a_table_drafts_from_the_first_token_on_and_its_evidence_is_the_chance() -> None:
+    signals = []
+    for chance in (0.15, 0.3, 0.5, 0.62, 0.75, 0.85, 0.92, 0.99):
+        session = SuffixDrafter(tree=True, table=table_of({(3,): {9: chance}}), row_cost=0.05).open(make_view([3]))
+        assert session.outlook(4).available == 1
+        signals.append(session.outlook(4).signal)
+    assert signals == [1, 2, 3, 4, 6, 8, 12, 17]
+
+
+def test_dear_rows_cut_a_tree_shorter() -> None:
+    table = table_of({(3,): {9: 0.6, 8: 0.15, 7: 0.05}})
+    widths = [
+        SuffixDrafter(tree=True, table=table, row_cost=cost).open(make_view([3])).outlook(8).available for cost in (0, 0.05, 1)
+    ]
+    assert widths == [3, 2, 1]
 
 
 def test_past_outputs_vote_in_the_same_tree() -> None:
@@ -116,17 +162,21 @@ def test_past_outputs_vote_in_the_same_tree() -> None:
 
 
 def test_a_single_place_neither_agrees_nor_contradicts() -> None:
-    found = vote([4, 1, 2, 5, 4, 1, 2], [[]], Limits())
-    assert (found.confidences[0], agreement(found)) == (0.5, 0)
-    assert agreement(vote([4, 1, 2, 5, 8, 4, 1, 2, 5, 9, 4, 1, 2], [[]], Limits())) == 1
-    assert agreement(vote([4, 1, 2, 5, 8, 4, 1, 2, 6, 9, 4, 1, 2, 7, 0, 4, 1, 2], [[]], Limits())) == -1
+    def first(text: list[int]) -> int:
+        places = all_places(index_of(text), [1, 2])
+        starts = [place.start for place in places if place.matched == 2]
+        return agreement(path_walk(array("i", text), starts, 4, Limits(), 2, grows=False))
+
+    assert first([4, 1, 2, 5, 4, 1, 2]) == 0
+    assert first([4, 1, 2, 5, 8, 4, 1, 2, 5, 9, 4, 1, 2]) == 1
+    assert first([4, 1, 2, 5, 8, 4, 1, 2, 6, 9, 4, 1, 2, 7, 0, 4, 1, 2]) == -1
 
 
 def test_a_tree_of_one_path_is_verified_as_a_chain() -> None:
     found = vote([4, 1, 2, 5, 6, 7, 4, 1, 2], [[]], Limits())
-    assert found.parents == (-1, 0, 1)
+    assert (found.parents or ())[:3] == (-1, 0, 1)
     assert found.draft(3, "x").parents is None
-    forked = vote([4, 1, 2, 5, 8, 4, 1, 2, 6, 9, 4, 1, 2], [[]], Limits())
+    forked = vote([4, 1, 2, 5, 8, 4, 1, 2, 6, 9, 4, 1, 2], [[]], Limits(min_prob=0.2))
     assert forked.draft(1, "x").parents is None
     assert forked.draft(2, "x").parents == (-1, -1)
 
@@ -147,19 +197,21 @@ def test_shares_of_votes_equal_counting_from_the_definition(
         for at in range(1, len(output) + 1):
             matched = next((m for m in range(min(at, length), 0, -1) if output[at - m : at] == text[-m:]), 0)
             votes.append((matched**2, output[at:]))
-    total = sum(weight for weight, _ in votes) + max(weight for weight, _ in votes)
+    unknown = 3.0 * max((m for m in range(length, 0, -1) if any(weight == m * m for weight, _ in votes)), default=0)
     paths: list[list[int]] = []
     reached: list[float] = []
     for token, parent, share in zip(found.tokens, found.parents or (), found.confidences, strict=True):
-        paths.append([*(paths[parent] if parent >= 0 else []), token])
+        above = paths[parent] if parent >= 0 else []
+        paths.append([*above, token])
         reached.append(share * (reached[parent] if parent >= 0 else 1.0))
-        expected = sum(weight for weight, rest in votes if rest[: len(paths[-1])] == paths[-1]) / total
-        assert reached[-1] == pytest.approx(expected)
-        assert expected >= min_prob - 1e-12
+        asked = sum(weight for weight, rest in votes if rest[: len(above)] == above)
+        said = sum(weight for weight, rest in votes if rest[: len(paths[-1])] == paths[-1])
+        assert share == pytest.approx(said / (asked + unknown / (1.0 + 0.5 * len(above))))
+        assert reached[-1] >= min_prob - 1e-12
     assert reached == sorted(reached, reverse=True) or reached == pytest.approx(sorted(reached, reverse=True))
     assert len({tuple(path) for path in paths}) == len(paths)
     firsts = {rest[0] for weight, rest in votes if weight and rest}
-    if not min_prob and len(found.tokens) < 9 * found.matched and len(found.tokens) < 40:
+    if not min_prob and len(found.tokens) < 40:
         assert firsts == {path[0] for path in paths if len(path) == 1}
 
 

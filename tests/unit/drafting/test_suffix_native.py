@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from paceline import compiled
 from paceline.drafting import suffix_native
+from paceline.drafting.ngram_table import WIDTH, NgramTable, context_key, from_contexts
 from paceline.drafting.speculation import Limits, Speculation
 from paceline.drafting.suffix import SuffixDrafter
 from paceline.drafting.suffix_index import SuffixIndex, TokenIndex
@@ -20,6 +22,17 @@ from paceline.records import DraftFeatures
 from toys import make_view
 
 needs_compiler = pytest.mark.skipif(isinstance(load_library(), str), reason=str(load_library()))
+
+
+def random_table(seed: int) -> NgramTable:
+    """What follows some contexts of one to three of the tokens that the tests use."""
+    rng = np.random.default_rng(seed)
+    contexts = [context for order in (1, 2, 3) for context in product(range(5), repeat=order) if rng.random() < 0.5]
+    chances = rng.dirichlet(np.ones(WIDTH + 1), len(contexts))[:, :WIDTH] * rng.integers(0, 2, (len(contexts), WIDTH))
+    tokens = np.array([rng.permutation(6)[:WIDTH] for _ in contexts]).reshape(-1, WIDTH)
+    keys = np.array([context_key(context) for context in contexts], dtype=np.uint64)
+    return from_contexts(keys, tokens, chances, 3, "")
+
 
 LIMITS = st.builds(
     Limits,
@@ -31,6 +44,7 @@ LIMITS = st.builds(
     max_places=st.integers(1, 20),
     past_weight=st.sampled_from([1.0, 0.3]),
     end_ids=st.frozensets(st.integers(0, 5), max_size=2),
+    table=st.one_of(st.none(), st.integers(0, 9).map(random_table)),
 )
 SEQUENCES = st.lists(st.lists(st.integers(0, 4), max_size=40), max_size=8)
 
