@@ -20,6 +20,7 @@ from paceline.errors import OptionError
 
 DISCOUNT = 0.75
 _BREAK = -1
+_MOST_IDS = 1 << 20
 _FLOOR = 1e-4
 """Chance of a token after a context of no tokens: nothing is counted there."""
 Ints = npt.NDArray[np.int64]
@@ -55,6 +56,17 @@ class Answer:
     likeliest: Sequence[int] | None = None
     """What the model found most probable at each of those positions, where that is known of a sampled text."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.first <= len(self.tokens):
+            raise OptionError(f"first = {self.first}: must be from 0 to {len(self.tokens)}, the number of tokens")
+        if self.likeliest is not None and len(self.likeliest) != self.num_written:
+            raise OptionError(f"likeliest: holds {len(self.likeliest)} ids for {self.num_written} tokens; give one for each")
+
+    @property
+    def num_written(self) -> int:
+        """Tokens of the model's own."""
+        return len(self.tokens) - self.first
+
 
 @dataclass(slots=True)
 class _Level:
@@ -84,6 +96,8 @@ def count_ngrams(answers: Sequence[Answer], options: TableOptions, vocabulary: s
     below: _Level | None = None
     for order in range(1, options.orders + 1):
         whole_context = (np.arange(len(tokens)) - begins > order)[counted]
+        if not whole_context.any():
+            break  # no answer is that long
         keys = context_keys(tokens, order)[counted]
         level = _count(keys, labels, texts, whole_context, below)
         tells = level.counts >= options.min_count
@@ -93,6 +107,8 @@ def count_ngrams(answers: Sequence[Answer], options: TableOptions, vocabulary: s
             tells &= ~(same & (np.abs(level.best[:, 0] - below.best[at, 0]) < options.min_gain))
         kept.append((level.keys[tells], level.counts[tells], level.tokens[tells], level.best[tells]))
         below = level
+    if not kept:
+        raise OptionError("answers: no token that the model wrote has one before it; give longer answers, or their prompts")
     all_keys, counts, following, chances = (np.concatenate(parts) for parts in zip(*kept, strict=True))
     most = np.argsort(-counts, kind="stable")[: options.max_contexts]
     return from_contexts(all_keys[most], following[most], chances[most], options.orders, vocabulary)
@@ -102,14 +118,21 @@ def _flatten(answers: Sequence[Answer]) -> tuple[Ints, npt.NDArray[np.bool_], In
     """All answers in a row [N], each before a break; which tokens count; and of those, [L], the labels and each one's answer."""
     tokens, counted, labels, text = [np.array([_BREAK])], [np.array([False])], [], []
     for i, answer in enumerate(answers):
-        ids = np.asarray(answer.tokens, dtype=np.int64)
+        ids = _checked(answer.tokens)
         tokens += [ids, np.array([_BREAK])]
         counted += [np.arange(len(ids)) >= answer.first, np.array([False])]
-        labels.append(ids[answer.first :] if answer.likeliest is None else np.asarray(answer.likeliest, dtype=np.int64))
+        labels.append(ids[answer.first :] if answer.likeliest is None else _checked(answer.likeliest))
         text.append(np.full(len(labels[-1]), i))
     if not sum(map(len, labels)):
         raise OptionError("answers: hold no token that the model wrote; give texts with an answer in them")
     return np.concatenate(tokens), np.concatenate(counted), np.concatenate(labels), np.concatenate(text)
+
+
+def _checked(tokens: Sequence[int]) -> Ints:
+    ids = np.asarray(tokens, dtype=np.int64)
+    if len(ids) and not 0 <= ids.min() <= ids.max() < _MOST_IDS:
+        raise OptionError(f"answers: token ids from {ids.min()} to {ids.max()}; must be from 0 to {_MOST_IDS - 1}")
+    return ids
 
 
 def _count(keys: npt.NDArray[np.uint64], labels: Ints, texts: Ints, usable: npt.NDArray[np.bool_], below: _Level | None) -> _Level:
@@ -147,18 +170,13 @@ def _count(keys: npt.NDArray[np.uint64], labels: Ints, texts: Ints, usable: npt.
 
 
 def _fill(level: _Level, below: _Level, label: Ints, given_up: Floats) -> None:
-    """Give contexts with few next tokens those of the shorter context. label [C]: a counted token after each context."""
+    """Let in what never followed a context but is likely after the shorter one. label [C]: a counted token after each context."""
     at = np.searchsorted(below.keys, below.of_label[label])
-    rows = np.arange(len(at))
-    for candidate, chance in zip(below.tokens[at].T, (below.best[at] * given_up[:, None]).T, strict=True):
-        free = np.argmax(level.best == 0.0, axis=1)
-        known = ((level.tokens == candidate[:, None]) & (level.best > 0.0)).any(axis=1)
-        wanted = (level.best[rows, free] == 0.0) & ~known & (chance > 0.0)
-        level.tokens[rows[wanted], free[wanted]] = candidate[wanted]
-        level.best[rows[wanted], free[wanted]] = chance[wanted]
-    order = np.argsort(-level.best, axis=1, kind="stable")
-    level.tokens = np.take_along_axis(level.tokens, order, axis=1)
-    level.best = np.take_along_axis(level.best, order, axis=1)
+    seen = ((below.tokens[at][:, :, None] == level.tokens[:, None, :]) & (level.best[:, None, :] > 0.0)).any(axis=2)
+    tokens = np.concatenate([level.tokens, below.tokens[at]], axis=1)
+    best = np.concatenate([level.best, np.where(seen, 0.0, below.best[at] * given_up[:, None])], axis=1)
+    order = np.argsort(-best, axis=1, kind="stable")[:, :WIDTH]
+    level.tokens, level.best = np.take_along_axis(tokens, order, axis=1), np.take_along_axis(best, order, axis=1)
 
 
 def _shorter(level: _Level, below: _Level, usable: npt.NDArray[np.bool_]) -> Ints:
