@@ -16,18 +16,21 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 
 from paceline.errors import CacheError, OptionError
-from paceline.models.base import Tokenizer
+from paceline.models.base import Tokenizer, first_line
 from paceline.models.cachedir import atomic_write
 
 WIDTH = 3
 """Next tokens of a context."""
 MOST_ORDERS = 8
 _FORMAT = 1
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, BadZipFile)
+"""What numpy raises over a file that is no archive of such arrays."""
 _FACTOR, _MIX, _WORD = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, (1 << 64) - 1
 
 
@@ -121,7 +124,7 @@ def from_contexts(
 def load_table(path: Path) -> NgramTable:
     """Read a table; the same file is read once. Raises OptionError when there is none, CacheError when it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as parts:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as parts:
             if int(parts["format"]) != _FORMAT:
                 raise ValueError(f"format {int(parts['format'])}, expected {_FORMAT}")
             table = NgramTable(
@@ -134,8 +137,8 @@ def load_table(path: Path) -> NgramTable:
             )
     except FileNotFoundError as error:
         raise OptionError(f"n-gram table {str(path)!r}: not found; make one with `paceline train ngrams`") from error
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise CacheError(f"n-gram table {path}: damaged or of another version ({error}); make it again") from error
+    except _UNREADABLE as error:
+        raise CacheError(f"n-gram table {path}: damaged or of another version ({first_line(error)}); make it again") from error
     _check_shapes(table, path)
     return table
 
