@@ -23,6 +23,7 @@ from paceline.cli.lists import controllers, drafters
 from paceline.cli.replay import replay
 from paceline.cli.stack import stack
 from paceline.cli.trace import trace
+from paceline.cli.train import train
 from paceline.errors import PacelineError
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -53,6 +54,7 @@ def root(
 for command in (generate, chat, info, explain, bench, compare, controllers, drafters, trace, replay, stack):
     app.command()(command)
 app.add_typer(corpus, name="corpus")
+app.add_typer(train, name="train")
 
 
 def _fail(message: str, code: int) -> int:

@@ -34,7 +34,7 @@ class TableOptions:
     orders: int = 4
     """Tokens of the longest context."""
     min_count: int = 3
-    """Answers in which a context must stand."""
+    """How often a context must be counted: once in each answer for each token that follows it there."""
     min_gain: float = 0.08
     """By how much a context's best chance must differ from that after the next shorter context, when both name the same token."""
     max_contexts: int = 500_000

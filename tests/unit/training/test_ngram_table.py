@@ -72,7 +72,7 @@ def test_likeliest_tokens_are_counted_after_what_was_written() -> None:
     assert [set(after(table, token)) for token in (1, 2, 4)] == [{4}, {5}, set()]
 
 
-def test_contexts_of_too_few_answers_are_left_out() -> None:
+def test_contexts_that_were_counted_too_seldom_are_left_out() -> None:
     answers = ([1, 2, 1, 2, 1, 2], [1, 2], [3, 2])
     assert len(table_of(*answers, orders=1).checks) == 3
     table = table_of(*answers, orders=1, min_count=2)
