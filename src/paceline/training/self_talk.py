@@ -6,8 +6,8 @@ Left alone it comes back to the same few subjects, so most turns begin with one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,8 +27,8 @@ COOLEST, WARMEST, TOP_K = 0.7, 1.05, 200
 GREEDY_SHARE = 0.6
 """Of the answers; the others are sampled, as in use."""
 _BEGINNINGS, _SAMPLES = 10, 3
-"""Of one batch, 30 of the 32 texts that an engine decodes together. The samples of a beginning differ in their seeds, and texts of
-different beginnings may share one; so no beginning stands in a batch twice."""
+"""Of one batch: 30 texts, where an engine decodes 32 together. The samples of a beginning differ in their seeds, but all beginnings
+of a call have the same ones: see `_choose`."""
 _MARK = "paceline's mark"
 
 OPENINGS = (
@@ -89,28 +89,42 @@ def _conversations(engine: Engine, options: TalkOptions, stage: _Stage) -> Itera
     left = options.conversations
     while left > 0:
         samples = min(_SAMPLES, -(-left // _BEGINNINGS))
-        chosen = ["", *random.choice(OPENINGS, _BEGINNINGS - 1, replace=False).tolist()]
-        beginnings = [chosen[i] for i in random.permutation(_BEGINNINGS)[: -(-left // samples)]]
+        beginnings = _choose(random)[: -(-left // samples)]
         temperature = float(random.uniform(COOLEST, WARMEST))
-        seeds = random.integers(1 << 62, size=2).tolist()
+        seeds = random.integers(1 << 62, size=3).tolist()
 
         said = SamplingParams(
             max_tokens=TURN_TOKENS,
             temperature=temperature,
             top_k=TOP_K,
-            seed=seeds[0],
             n=samples,
             stop=(stage.after,) if stage.after else (),  # where the turn's end is no special token
         )
-        turns = _write_turns(engine, stage, beginnings, said)[:left]
+        opened, bare = [text for text in beginnings if text], [text for text in beginnings if not text]
+        turns = _write_turns(engine, stage, opened, replace(said, seed=seeds[0]))
+        turns = (turns + _write_turns(engine, stage, bare, replace(said, seed=seeds[1])))[:left]
         greedy = random.random(len(turns)) < GREEDY_SHARE
-        sampled = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=temperature, top_k=TOP_K, seed=seeds[1], logprobs=1)
+        sampled = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=temperature, top_k=TOP_K, seed=seeds[2], logprobs=1)
         for params, wanted in ((SamplingParams(max_tokens=ANSWER_TOKENS), greedy), (sampled, ~greedy)):
             yield from _answers(engine, [turn for turn, yes in zip(turns, wanted, strict=True) if yes], params)
         left -= len(turns)
 
 
-def _write_turns(engine: Engine, stage: _Stage, beginnings: list[str], params: SamplingParams) -> list[str]:
+def _choose(random: np.random.Generator) -> list[str]:
+    """Beginnings of a batch, one of them empty.
+
+    No opening is the beginning of another one: with one seed both would go on alike once the shorter one has drawn what the longer
+    one says. For the same reason the empty one has a call of its own.
+    """
+    chosen: list[str] = []
+    for opening in random.permutation(OPENINGS).tolist():
+        if len(chosen) < _BEGINNINGS - 1 and not any(opening.startswith(c) or c.startswith(opening) for c in chosen):
+            chosen.append(opening)
+    chosen.insert(int(random.integers(_BEGINNINGS)), "")
+    return chosen
+
+
+def _write_turns(engine: Engine, stage: _Stage, beginnings: Sequence[str], params: SamplingParams) -> list[str]:
     """What the user says: each beginning and `params.n` ways in which the model goes on."""
     prompts = [engine.tokenizer.encode(stage.before + beginning, add_special=False) for beginning in beginnings]
     results = _generate(engine, prompts, params)

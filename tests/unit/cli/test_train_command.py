@@ -20,7 +20,7 @@ from paceline.drafting.ngram_table import load_table, vocabulary_digest
 from paceline.errors import ResourceError
 from paceline.models import resolve
 from paceline.training.ngram_table import TableOptions
-from paceline.training.self_talk import TalkOptions
+from paceline.training.self_talk import TURN_TOKENS, TalkOptions
 from tiny_models import TEMPLATE, byte_level_tokenizer
 from unit.training.talkers import Listening, make_talker
 
@@ -73,8 +73,7 @@ def test_the_model_talks_without_drafts_and_as_the_options_say(
     assert run("train", "ngrams", "--out", out, "--conversations", "4", "--min-count", "1", "--precision", "int8").code == 0
     (settings,) = seen
     assert (settings.speculation.draft, settings.runner.precision) == ("none", "int8")
-    prompts, said = talker.asked[0]
-    assert len(prompts) * said.n == 4
+    assert sum(len(prompts) * said.n for prompts, said in talker.asked if said.max_tokens == TURN_TOKENS) == 4
 
 
 def test_the_table_is_as_the_options_say(run: Run, talker: Listening, tmp_path: Path) -> None:
@@ -110,7 +109,7 @@ def test_answers_and_conversations_are_counted_together(run: Run, talker: Listen
 
 def test_an_interruption_counts_what_is_there(run: Run, talker: Listening, tmp_path: Path) -> None:
     out, kept = tmp_path / "a.npz", tmp_path / "kept.jsonl"
-    talker.interrupt_at = 4  # while the second thirty are answered
+    talker.interrupt_at = 6  # while the second thirty are answered
     outcome = run("train", "ngrams", "--out", str(out), "--conversations", "90", "--save-answers", str(kept))
     assert outcome.code == 130
     assert "interrupted: counting the 30 answers so far" in outcome.stderr
@@ -140,7 +139,7 @@ def test_an_error_in_the_middle_counts_what_is_there_and_is_told(
     ask = talker.generate
 
     def fail_later(*arguments: object, **settings: object) -> object:
-        if len(talker.asked) == 3:
+        if len(talker.asked) == 4:
             raise ResourceError("memory: ran out")
         return ask(*arguments, **settings)
 

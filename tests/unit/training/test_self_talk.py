@@ -25,19 +25,30 @@ def talk(engine: Listening, conversations: int = 30, seed: int = 0) -> list[tupl
 def test_users_turns_begin_with_the_template_and_nine_times_in_ten_with_an_opening() -> None:
     engine = make_talker()
     talk(engine)
-    prompts, params = engine.asked[0]
-    beginnings = [prompt.removeprefix(BEFORE) for prompt in prompts]
-    assert all(prompt.startswith(BEFORE) for prompt in prompts)
-    assert beginnings.count("") == 1
-    assert len(set(beginnings)) == 10
-    assert set(beginnings) <= {"", *OPENINGS}
-    assert (params.n, params.max_tokens, params.top_k, params.logprobs) == (3, TURN_TOKENS, 200, None)
+    (opened, params), (bare, _) = engine.asked[:2]
+    assert bare == [BEFORE]
+    assert all(prompt.startswith(BEFORE) for prompt in opened)
+    beginnings = {prompt.removeprefix(BEFORE) for prompt in opened}
+    assert len(beginnings) == 9
+    assert beginnings <= set(OPENINGS)
+    for _, asked in engine.asked[:2]:
+        assert (asked.n, asked.max_tokens, asked.top_k, asked.logprobs) == (3, TURN_TOKENS, 200, None)
+        assert asked.temperature == params.temperature
+
+
+def test_texts_that_could_become_the_same_do_not_share_a_seed() -> None:
+    engine = make_talker()
+    talk(engine, 90)
+    users = [asked for asked in engine.asked if asked[1].n > 1]
+    assert len({params.seed for _, params in users}) == len(users) == 6
+    for prompts, _ in users:
+        assert not any(a.startswith(b) for a in prompts for b in prompts if a != b)
 
 
 def test_answers_follow_the_turns_greedily_or_at_their_temperature() -> None:
     engine = make_talker()
     talk(engine)
-    (_, said), (greedy, plain), (sampled, warm) = engine.asked
+    (_, said), _, (greedy, plain), (sampled, warm) = engine.asked
     assert len(greedy) + len(sampled) == 30
     assert len(greedy) > len(sampled) > 0
     assert plain.greedy
@@ -93,7 +104,7 @@ def test_a_seed_makes_conversations_repeat_with_and_without_drafts() -> None:
 def test_an_empty_turn_is_not_answered() -> None:
     engine = make_talker(next_token_language(len(VOCABULARY), lambda _: END))
     assert len(talk(engine, 10)) == 9
-    assert all(prompt.removeprefix(BEFORE).removesuffix(AFTER) in OPENINGS for prompts, _ in engine.asked[1:] for prompt in prompts)
+    assert all(prompt.removeprefix(BEFORE).removesuffix(AFTER) in OPENINGS for prompts, _ in engine.asked[2:] for prompt in prompts)
 
 
 def test_turns_that_leave_no_room_for_an_answer_are_left_out() -> None:
@@ -115,7 +126,7 @@ def test_a_turn_that_ends_with_plain_text_ends_there() -> None:
     template = "[INST]{{ messages[0]['content'] }}[/INST]"
     engine = make_talker(next_token_language(len(VOCABULARY), parrot), template=template)
     talk(engine, 10)
-    assert all(prompt.count("[/INST]") == 1 for prompts, _ in engine.asked[1:] for prompt in prompts)
+    assert all(prompt.count("[/INST]") == 1 for prompts, _ in engine.asked[2:] for prompt in prompts)
 
 
 @pytest.mark.parametrize(("template", "words"), [(None, "no chat template"), ("{{ messages|length }}", "shows no user's turn")])
