@@ -29,7 +29,7 @@ WIDTH = 3
 """Next tokens of a context."""
 MOST_ORDERS = 8
 _FORMAT = 1
-_UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, BadZipFile)
+_UNREADABLE = (ValueError, KeyError, EOFError, TypeError, AttributeError, BadZipFile)
 """What numpy raises over a file that is no archive of such arrays."""
 _FACTOR, _MIX, _WORD = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, (1 << 64) - 1
 
@@ -137,8 +137,10 @@ def load_table(path: Path) -> NgramTable:
             )
     except FileNotFoundError as error:
         raise OptionError(f"n-gram table {str(path)!r}: not found; make one with `paceline train ngrams`") from error
-    except _UNREADABLE as error:
-        raise CacheError(f"n-gram table {path}: damaged or of another version ({first_line(error)}); make it again") from error
+    except OSError as error:
+        raise CacheError(f"n-gram table {path}: cannot be read ({error.strerror or first_line(error)})") from error
+    except _UNREADABLE as error:  # whose words are not passed on: numpy advises to unpickle
+        raise CacheError(f"n-gram table {path}: damaged or of another version; make it again") from error
     _check_shapes(table, path)
     return table
 
