@@ -222,26 +222,39 @@ class AcceptanceModel:
 
     def update(self, request_id: int, task: str, drafter: str, bucket: int, labels: Sequence[float], now: int = 0) -> None:
         """Count a round's labels (see `observed_labels`) at every level; now: tokens emitted so far."""
-        if not labels:
+        self.update_rounds(request_id, task, drafter, ((bucket, labels),), now)
+
+    def update_rounds(
+        self, request_id: int, task: str, drafter: str, rounds: Sequence[tuple[int, Sequence[float]]], now: int = 0
+    ) -> None:
+        """Count the labels of several rounds of a request at once, each with the bucket of its signal."""
+        tag = temperature_tag(task)
+        count, hits, expected, expected_before = 0, 0.0, 0.0, 0.0
+        for bucket, labels in rounds:
+            if not labels:
+                continue
+            pool = self._pools.get((task, drafter, bucket))
+            if pool is None:
+                pool = self._pools[(task, drafter, bucket)] = self._new_pool(task, drafter, bucket)
+            known, prior = len(labels), _prior(bucket, tag)
+            count += known
+            hits += sum(labels)
+            expected += sum(pool.rates(known))
+            expected_before += sum(prior[:known]) + prior[-1] * max(0, known - POSITIONS)
+            pool.update(labels)
+        if not count:
             return
-        pool = self._pools.get((task, drafter, bucket))
-        if pool is None:
-            pool = self._pools[(task, drafter, bucket)] = self._new_pool(task, drafter, bucket)
-        count, hits = len(labels), sum(labels)
         shifts = self._requests.get(request_id)
         if shifts is None:
             shifts = self._requests[request_id] = {}
         own = shifts.get(drafter)
         if own is None:
             own = shifts[drafter] = WatchedShift(self._request_discount, self._weight)
-        own.update(count, hits, sum(pool.rates(count)), now)
-        tag = temperature_tag(task)
+        own.update(count, hits, expected, now)
         level = self._levels.get(drafter + tag)
         if level is None:
             level = self._levels[drafter + tag] = Shift(self._pool_discount, self._weight)
-        prior = _prior(bucket, tag)
-        level.update(count, hits, sum(prior[:count]) + prior[-1] * max(0, count - POSITIONS))
-        pool.update(labels)
+        level.update(count, hits, expected_before)
 
     def forget(self, request_id: int) -> None:
         """The request ended; what it taught stays in the pools."""

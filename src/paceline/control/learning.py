@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from paceline.control.acceptance import signal_bucket
 from paceline.control.bank import TimeBank
@@ -10,7 +10,6 @@ from paceline.control.offers import Lesson, probe_key
 from paceline.control.pricing import LearnedCosts
 from paceline.control.probing import ProbeSchedule
 from paceline.control.quality import DraftQuality
-from paceline.records import StepRecord
 
 _LESSON, _SETTLED = 4, 32
 """Drafted rounds of which one teaches costs, once that many have: a lesson takes longer than what it tells is worth then."""
@@ -26,11 +25,11 @@ class Learning:
 
     def take(self, lessons: Sequence[Lesson], now: int, prober: int) -> None:
         """Learn from rounds. now: tokens emitted so far; prober: the request whose record tells how a batch's probe went."""
+        for of_one in _of_one_draft(lessons):
+            self._learn_quality(of_one, now, prober)
         for lesson in lessons:
             record, lane, seconds = lesson.record, lesson.lane, lesson.seconds
             batch, speculative = record.batch_size, lesson.lag is not None
-            if record.drafter is not None:
-                self._learn_quality(record, record.drafter, seconds, now, prober)
             if record.warmup:
                 continue
             if self._teaches_costs(batch, speculative):
@@ -47,15 +46,16 @@ class Learning:
         self._drafted_rounds += 1
         return self._drafted_rounds % _LESSON == 0 or self._drafted_rounds <= _SETTLED
 
-    def _learn_quality(self, record: StepRecord, drafter: str, seconds: float, now: int, prober: int) -> None:
-        told = self._quality.learn(record, seconds, now)
-        alone, key = record.batch_size == 1, (record.task, drafter, signal_bucket(record.signal))
-        if not alone:
-            key = probe_key(drafter, record.batch_size)
-        if not record.probe:
-            self._probes.pays(key, now)
-        elif told and (alone or record.request_id == prober):
-            self._probes.probed(key, now, accepted=record.num_accepted > 0)
+    def _learn_quality(self, lessons: Sequence[Lesson], now: int, prober: int) -> None:
+        records = [lesson.record for lesson in lessons]
+        told = self._quality.learn(records, [lesson.seconds for lesson in lessons], now)
+        for record, tells in zip(records, told, strict=True):
+            drafter, alone = record.drafter or "", record.batch_size == 1
+            key = (record.task, drafter, signal_bucket(record.signal)) if alone else probe_key(drafter, record.batch_size)
+            if not record.probe:
+                self._probes.pays(key, now)
+            elif tells and (alone or record.request_id == prober):
+                self._probes.probed(key, now, accepted=record.num_accepted > 0)
 
     def _learn_costs(self, lesson: Lesson) -> None:
         record, costs = lesson.record, self._costs
@@ -66,3 +66,17 @@ class Learning:
         costs.learn_plain(context, batch, lesson.seconds, lesson.verify_seconds, lesson.rounds)
         if costs.knows_plain(batch):
             self._bank.correct_start(costs.plain(context, batch))
+
+
+def _of_one_draft(lessons: Sequence[Lesson]) -> Iterator[list[Lesson]]:
+    """Runs of lessons of one request and drafter; plain rounds are left out."""
+    run: list[Lesson] = []
+    for lesson in lessons:
+        record = lesson.record
+        if run and (record.drafter, record.request_id) != (run[-1].record.drafter, run[-1].record.request_id):
+            yield run
+            run = []
+        if record.drafter is not None:
+            run.append(lesson)
+    if run:
+        yield run

@@ -41,6 +41,11 @@ class DraftQuality:
         """What is known of a drafter that states how sure it is, at the task's temperature; None of another one."""
         return self._confident.get(drafter + temperature_tag(task))
 
+    def asks(self, drafter: str, task: str) -> bool:
+        """Whether it states its confidence while it drafts, so that drafts may be ended."""
+        confident = self.confidence(drafter, task)
+        return confident is not None and confident.asks
+
     def ends_drafts(self, drafter: str, task: str) -> bool:
         """Whether its confidence is known well enough to end its drafts, and it asks."""
         confident = self.confidence(drafter, task)
@@ -61,22 +66,31 @@ class DraftQuality:
         shift = shifts.get(drafter) if shifts is not None else None
         return shift.apply([chance])[0] if shift is not None else chance
 
-    def learn(self, record: StepRecord, seconds: float, now: int) -> bool:
-        """Count a round with a draft of `seconds`; now: tokens emitted so far. Whether it said something about acceptance."""
-        drafter = record.drafter or ""
-        labels = observed_labels(record)
-        self._acceptance.update(record.request_id, record.task, drafter, signal_bucket(record.signal), labels, now)
-        if 0 < record.num_levels < record.num_drafted or drafter in self._widths:
-            width = record.num_drafted / max(record.num_levels, 1)
-            self._widths[drafter] = 0.9 * self._widths.get(drafter, width) + 0.1 * width
-        if record.confidences:
-            confident = self.states_confidence(drafter, record.task)
-            if labels:
-                self._learn_surety(record, confident, labels, now)
-            confident.model.update(record.confidences, labels)
-            if confident.asks and record.batch_size == 1 and not (record.truncated or record.warmup or record.probe):
-                confident.delivered.update(record, seconds)
-        return len(labels) > 0
+    def learn(self, records: Sequence[StepRecord], seconds: Sequence[float], now: int) -> list[bool]:
+        """Count rounds of one request in which one drafter drafted, of these seconds; now: tokens emitted so far. Whether each
+        said something about acceptance."""
+        first = records[0]
+        request, task, drafter = first.request_id, first.task, first.drafter or ""
+        labels = [observed_labels(record) for record in records]
+        rounds = [(signal_bucket(record.signal), known) for record, known in zip(records, labels, strict=True)]
+        self._acceptance.update_rounds(request, task, drafter, rounds, now)
+        for record, known, took in zip(records, labels, seconds, strict=True):
+            if 0 < record.num_levels < record.num_drafted or drafter in self._widths:
+                width = record.num_drafted / max(record.num_levels, 1)
+                self._widths[drafter] = 0.9 * self._widths.get(drafter, width) + 0.1 * width
+            confident = self.confidence(drafter, task) if record.confidences else None
+            if confident is not None and confident.asks:  # of others, confidence decides nothing
+                self._learn_confidence(record, confident, known, took, now)
+        return [len(known) > 0 for known in labels]
+
+    def _learn_confidence(
+        self, record: StepRecord, confident: Calibrated, labels: Sequence[float], seconds: float, now: int
+    ) -> None:
+        if labels:
+            self._learn_surety(record, confident, labels, now)
+        confident.model.update(record.confidences, labels)
+        if record.batch_size == 1 and not (record.truncated or record.warmup or record.probe):
+            confident.delivered.update(record, seconds)
 
     def _learn_surety(self, record: StepRecord, confident: Calibrated, labels: Sequence[float], now: int) -> None:
         expected = sum(

@@ -44,7 +44,7 @@ class SuffixOptions:
     comes with the package, if it fits the target's vocabulary."""
     max_match: int = 64
     """Longest suffix that is compared."""
-    max_places: int = 32
+    max_places: int = 12
     """Most earlier places that vote, here and in past outputs each."""
     past_weight: float = 0.3
     """What a score, and in trees a vote, of past outputs counts for beside one of this text (0.01 to 1)."""

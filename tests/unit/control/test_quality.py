@@ -13,7 +13,8 @@ SURE = DraftFeatures(1, 0.6, 0.6, 1.0)
 
 def learn(quality: DraftQuality, accepted: int, rounds: int, **about: object) -> None:
     for _ in range(rounds):
-        quality.learn(record(Plan("model", 4), accepted, confidences=(0.6,) * 4, **about), 0.02, 0)
+        quality.states_confidence("model", str(about.get("task", ""))).asks = True
+        quality.learn([record(Plan("model", 4), accepted, confidences=(0.6,) * 4, **about)], [0.02], 0)
 
 
 def test_a_request_that_is_right_more_often_than_it_says_is_believed_more() -> None:
