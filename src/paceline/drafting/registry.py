@@ -165,7 +165,7 @@ TABLE: dict[str, Entry] = {
     ),
 }
 AUTO = ("suffix+tree",)
-"""What `auto` stands for: needs neither a second model nor training, and docs/drafting.md says why it is that one."""
+"""What `auto` stands for: needs no second model, and docs/drafting.md says why it is that one."""
 
 
 def names() -> list[str]:
