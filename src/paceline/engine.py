@@ -354,6 +354,7 @@ class Engine:
                     rule=self.speculation.rule,
                     task=task,
                     draws_rows=self.runner.draws_rows,
+                    logits_are_far=self.runner.logits_are_far,
                 )
                 requests.append(request)
                 request.started = started

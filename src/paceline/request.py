@@ -54,8 +54,9 @@ class Request:
         rule: str = AUTO,
         task: str = "",
         draws_rows: bool = False,
+        logits_are_far: bool = False,
     ) -> None:
-        """draws_rows: the target's runner draws tokens (`Runner.draws_rows`)."""
+        """draws_rows, logits_are_far: as in the target's runner (`Runner.draws_rows`)."""
         self.id = request_id
         self.tokens = list(prompt)
         self.num_prompt = len(self.tokens)
@@ -70,8 +71,10 @@ class Request:
         self._max_context = max_context
         max_new = min(params.max_tokens, max_context - self.num_prompt)
         self._output = OutputAssembler(tokenizer, params, self.num_prompt, max_new, end_ids)
-        # Where the runner draws, draws are matched: a ratio test would need the distributions on the host.
-        self._matches = rule == "match" or (rule == AUTO and (params.seed is not None or draws_rows))
+        # Where the runner draws, draws are matched unless a ratio test would accept more and has the distributions at hand. On
+        # drafts that are chosen it would not: the drawn token is a drafted one with just its probability, on chains and trees.
+        drawn = draws_rows and (logits_are_far or not any(drafter.samples for drafter in drafters))
+        self._matches = rule == "match" or (rule == AUTO and (params.seed is not None or drawn))
         self._draws_rows = draws_rows and self._matches and not (params.greedy or params.shapes_logits or params.min_tokens)
         view = SequenceView(
             request_id,
@@ -148,18 +151,23 @@ class Request:
 
     def _draws(self, draft: Draft) -> Draws:
         """A draw from each row, with the number of the row's own position."""
+        depths = [0]
+        for parent in range(-1, len(draft) - 1) if draft.parents is None else draft.parents:
+            depths.append(depths[parent + 1] + 1)
         first = len(self.tokens)
-        depths = range(len(draft) + 1) if draft.parents is None else [len(draft.path(row)) for row in range(len(draft) + 1)]
-        return Draws(self._law, [self._random.bits(first + depth, Purpose.TARGET) for depth in depths])
+        bits = [self._random.bits(first + depth, Purpose.TARGET) for depth in range(max(depths) + 1)]
+        return Draws(self._law, [bits[depth] for depth in depths])
 
     # ---------- verify and commit ----------
 
     def verify(self, draft: Draft, output: ForwardOutput, first: int) -> Verdict:
         """Judge the draft. first: its row of the forward that belongs to the pending token; those of the draft follow."""
         end = first + len(draft) + 1
-        if (chosen := self._chosen(draft, output, first, end)) is not None:
-            return follow_chain(draft, chosen)
+        chosen = self._chosen(draft, output, first, end)
+        if chosen is not None and (told := follow_chain(draft, chosen)) is not None:
+            return told
         logits, best, drawn = output.logits[first:end], output.best, output.drawn
+        mass = output.mass if self._draws_rows else None
         rows = SampledRows(
             logits,
             self.params,
@@ -170,6 +178,7 @@ class Request:
             vocab_size=self._vocab_size,
             argmaxes=None if best is None or self._is_padded(output) else best[first:end],
             drawn=drawn[first:end] if drawn is not None and self._draws_rows else None,
+            mass=None if mass is None else lambda row, tokens: mass(first + row, tokens),
         )
         chosen_rule = choose_rule(self._rule, self.params, draft, seeded=self._matches)
         verdict = chosen_rule.verify(rows, draft, self._random, len(self.tokens))
@@ -187,8 +196,7 @@ class Request:
             tokens = output.drawn if draft.coupled or not draft.tokens else None
         else:
             tokens = output.best if not self._is_padded(output) else None
-        found = tokens[first:end] if tokens is not None else ()
-        return found if found and min(found) >= 0 else None
+        return tokens[first:end] if tokens is not None else None
 
     def _is_padded(self, output: ForwardOutput) -> bool:
         """Whether rows have places beyond the vocabulary."""

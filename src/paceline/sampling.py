@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -210,6 +210,11 @@ def _draw_in_blocks(weights: torch.Tensor, u: float) -> int:
     return block * _BLOCK + (token if token < len(inside) else int(inside.nonzero()[0][-1]))
 
 
+def mass_of(probs: torch.Tensor, tokens: Collection[int]) -> float:
+    """The probability of these tokens together, all different. probs: [V]."""
+    return min(1.0, sum(float(probs[token]) for token in tokens if token < probs.numel()))
+
+
 def argmax_rows(logits: torch.Tensor) -> list[int]:
     """Index of the largest logit of each row of [rows, V] float32, the lowest among equals; -1 for a row without a finite one.
 
@@ -245,6 +250,7 @@ class SampledRows:
         vocab_size: int | None = None,
         argmaxes: Sequence[int] | None = None,
         drawn: Sequence[int] | None = None,
+        mass: Callable[[int, Collection[int]], float | None] | None = None,
     ) -> None:
         """logits: [len(draft) + 1, W] float32. committed: prompt and output so far.
 
@@ -252,6 +258,7 @@ class SampledRows:
         vocab_size: V; ids from V on (padding of the model's head) are cut off. None: V = W.
         argmaxes: `argmax_rows(logits[:, :V])`, when the caller has it already (one transfer for a whole batch).
         drawn: what each row drew with the number of its position, where the runner draws (-1: it could not).
+        mass: the probability of some tokens of a row, where the runner tells it (None: it does not).
         """
         if logits.shape[0] != len(draft) + 1:
             raise ValueError(f"logits has {logits.shape[0]} rows; a draft of {len(draft)} tokens needs {len(draft) + 1}")
@@ -263,6 +270,7 @@ class SampledRows:
         self._end_ids = end_ids
         self._argmaxes = argmaxes
         self._drawn = drawn
+        self._mass = mass
         self._history: torch.Tensor | None = None
         self._processed: dict[int, torch.Tensor] = {}
         self._probs: dict[int, torch.Tensor] = {}
@@ -281,6 +289,11 @@ class SampledRows:
     def drawn(self, row: int) -> int | None:
         """The token that the row drew already, with the number of its own position; None where it did not."""
         return self._drawn[row] if self._drawn is not None and self._drawn[row] >= 0 else None
+
+    def mass(self, row: int, tokens: Collection[int]) -> float:
+        """The probability of these tokens together, all different, in what the row's token is drawn from."""
+        told = self._mass(row, tokens) if self._mass is not None and row not in self._probs else None
+        return mass_of(self.probs(row), tokens) if told is None else told
 
     def probs(self, row: int) -> torch.Tensor:
         """[V] float32: what the row's token is drawn from. Do not write into it."""

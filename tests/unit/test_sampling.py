@@ -308,3 +308,13 @@ def test_greedy_logprobs_are_those_of_temperature_one():
     assert entry.logprob == pytest.approx(math.log(0.4))
     assert entry.top == (pytest.approx((0, math.log(0.4))), pytest.approx((1, math.log(0.3))))
     assert rows.logprob(0, 3).top == ()
+
+
+def test_the_probability_of_tokens_is_asked_of_the_runner_where_it_tells_it() -> None:
+    logits = torch.randn(2, 20, generator=torch.Generator().manual_seed(1))
+    params = SamplingParams(temperature=0.8)
+    told = SampledRows(logits, params, [1], 1, Draft((3,)), mass=lambda row, tokens: 0.25 if row else None)
+    computed = SampledRows(logits, params, [1], 1, Draft((3,)))
+    assert told.mass(1, {2, 5}) == 0.25
+    assert told.mass(0, {2, 5}) == computed.mass(0, {2, 5}) == pytest.approx(float(computed.probs(0)[[2, 5]].sum()))
+    assert computed.mass(0, range(20)) == pytest.approx(1.0)

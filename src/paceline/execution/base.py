@@ -7,7 +7,7 @@ length and returns logits for the rows asked for. Nothing is committed until `ac
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -64,9 +64,12 @@ class ForwardOutput:
     best: list[int] | None = None
     """Per row the token of the largest logit, the lowest of equals, -1 where a logit is not finite; None where the backend leaves
     that to the caller."""
-    drawn: list[int] | None = None
-    """Per row the token that was drawn as its segment asked (`best` where it did not ask), -1 as in `best`; None where nothing was
-    drawn."""
+    drawn: Sequence[int] | None = None
+    """Per row the token that was drawn as its segment asked (`best` where it did not ask), -1 where the largest logit is not
+    finite (or as in `best`). None where nothing was drawn. It may be drawn when it is looked at: do so before the next forward."""
+    mass: Callable[[int, Collection[int]], float | None] | None = None
+    """mass(row, tokens): the probability of these tokens together, all different, under the law that a row was drawn from; None
+    where the row did not ask. To be called before the next forward. None where the backend leaves that to the caller."""
     taps: torch.Tensor | None = None
     """[T, layers, H] float32 of *all* new tokens, in the order of the segments: what `forward_tapped` was asked for."""
 
@@ -190,6 +193,10 @@ class Runner(ABC):
 
     draws_rows: bool = False
     """Whether `forward` draws tokens (`Segment.draws`)."""
+
+    logits_are_far: bool = False
+    """Whether a rule on the host would wait long for the distributions of this runner's rows. Where it draws as well, `auto` then
+    matches draws even for drafts that come with their distributions, though a ratio test would accept more of them."""
 
     takes_late: bool = False
     """Whether `forward` takes late tokens (`Segment.late`), of whatever runner: it waits for those that it cannot fetch."""

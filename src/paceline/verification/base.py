@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Protocol
 
 from paceline.records import Draft, Verdict
+from paceline.sampling import mass_of
 
 if TYPE_CHECKING:
     import torch
@@ -52,3 +54,7 @@ class TargetRows(Protocol):
     def drawn(self, row: int) -> int | None:
         """The token that the row drew with the random number of its own position (`Purpose.TARGET`); None: draw it from `probs`."""
         return None
+
+    def mass(self, row: int, tokens: Collection[int]) -> float:
+        """The probability of these tokens together, all different, in `probs`."""
+        return mass_of(self.probs(row), tokens)

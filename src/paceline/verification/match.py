@@ -38,6 +38,5 @@ class MatchRule(Rule):
         for row in (0, *(node + 1 for node in path)):
             offered = {draft.tokens[child] for child in children[row]}
             if offered:
-                probs = target.probs(row)
-                labels.append(min(1.0, sum(float(probs[token]) for token in offered if token < probs.numel())))
+                labels.append(target.mass(row, offered))
         return tuple(labels)

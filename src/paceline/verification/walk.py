@@ -32,18 +32,19 @@ def walk(draft: Draft, choose: Callable[[int, int], int]) -> tuple[list[int], li
         path.append(node)
 
 
-def follow_chain(draft: Draft, chosen: Sequence[int]) -> Verdict:
+def follow_chain(draft: Draft, chosen: Sequence[int]) -> Verdict | None:
     """What the greedy and the match rule say of a chain, where the target's token at each row is known already.
 
-    chosen: len(draft) + 1 tokens. The labels are outcomes, so it is not for `match` on a chain that was chosen rather than drawn.
+    chosen: len(draft) + 1 tokens, looked at up to the first that the draft lacks; None if one of those is
+    negative. The labels are outcomes, so it is not for `match` on a chain that was chosen rather than drawn.
     """
     accepted = 0
-    for drafted, token in zip(draft.tokens, chosen, strict=False):
-        if drafted != token:
-            break
+    while accepted < len(draft.tokens) and draft.tokens[accepted] == chosen[accepted]:
         accepted += 1
+    if chosen[accepted] < 0:
+        return None
     path = tuple(range(accepted))
-    return Verdict(path, tuple(chosen[: accepted + 1]), (1.0,) * accepted + (0.0,) * (accepted < len(draft.tokens)))
+    return Verdict(path, (*draft.tokens[:accepted], chosen[accepted]), (1.0,) * accepted + (0.0,) * (accepted < len(draft.tokens)))
 
 
 def child_lists(draft: Draft) -> list[list[int]]:

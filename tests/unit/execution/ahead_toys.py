@@ -15,7 +15,7 @@ VOCAB = 40
 class AheadToy(ToyRunner):
     """As the GPU's runner, by the readable forms."""
 
-    decodes_ahead = draws_rows = takes_late = True
+    decodes_ahead = draws_rows = logits_are_far = takes_late = True
 
     def __init__(self, language: Language) -> None:
         super().__init__(language, VOCAB)

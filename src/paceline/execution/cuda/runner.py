@@ -35,7 +35,7 @@ _CACHE_SHARE = 0.5
 class CudaRunner(Runner):
     """Runs Llama-like models in `bf16`, `int8`, `fp8` or `int4`. A row's logits have the same bits in any batch, chain or tree."""
 
-    decodes_ahead = draws_rows = takes_late = works_apart = True
+    decodes_ahead = draws_rows = logits_are_far = takes_late = works_apart = True
     rows_at_once = MAX_ROWS
 
     @staticmethod
