@@ -1,9 +1,9 @@
-"""The C structs of kernel.c and linear.h as ctypes, field for field."""
+"""The C structs of kernel.c, linear.h and draw.h as ctypes, field for field."""
 
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int32, c_size_t, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 
 FP32, BF16, Q8, Q4 = range(4)
 
@@ -60,6 +60,14 @@ class Batch(Structure):
     )
 
 
+class Law(Structure):
+    _fields_ = (("temperature", c_float), ("min_p", c_float), ("top_p", c_double), ("top_k", c_int32), ("vocab", c_int32))
+
+
+class Drawn(Structure):
+    _fields_ = (("total", c_uint64), ("peak", c_float), ("limit", c_uint32))
+
+
 def declare(library: ctypes.CDLL) -> None:
     """Set argument and result types of the entry points."""
     library.paceline_open.argtypes = [POINTER(Model), ctypes.c_int, ctypes.c_int]
@@ -75,3 +83,9 @@ def declare(library: ctypes.CDLL) -> None:
     library.paceline_tile_bytes.argtypes = [ctypes.c_int, ctypes.c_int]
     library.paceline_tile_bytes.restype = c_size_t
     library.paceline_avx512.restype = ctypes.c_int
+    library.paceline_draw_bytes.argtypes = [ctypes.c_int]
+    library.paceline_draw_bytes.restype = c_size_t
+    library.paceline_draw.argtypes = [c_void_p, c_void_p, c_uint64, c_void_p, c_void_p]
+    library.paceline_draw.restype = ctypes.c_int
+    library.paceline_mass.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, ctypes.c_int]
+    library.paceline_mass.restype = c_double

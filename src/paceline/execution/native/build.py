@@ -8,8 +8,8 @@ from pathlib import Path
 
 from paceline import compiled
 
-ABI_VERSION = 7
-_HEADERS = ("attention", "grades", "heads", "layer", "linear", "model", "pool", "share", "tiles", "vec")
+ABI_VERSION = 8
+_HEADERS = ("attention", "draw", "grades", "heads", "layer", "linear", "model", "pool", "share", "tiles", "vec")
 KERNELS = compiled.Sources(
     name="kernels",
     folder=Path(__file__).parent,

@@ -5,10 +5,11 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "draw.h"
 #include "heads.h"
 #include "layer.h"
 
-#define ABI_VERSION 7
+#define ABI_VERSION 8
 
 static void embed(Worker *w) {
   Engine *e = w->engine;
@@ -243,6 +244,16 @@ void paceline_forward(Engine *e, Batch *batch) {
   balance(e);
   announce(&e->pool, &e->pool.job);
   run(&e->worker[0]);
+}
+
+size_t paceline_draw_bytes(int vocab) { return draw_bytes(vocab); }
+
+int paceline_draw(const float *logits, const Law *law, uint64_t number, void *work, Drawn *drawn) {
+  return draw(logits, law, number, work, drawn);
+}
+
+double paceline_mass(const float *logits, const Law *law, const Drawn *drawn, const int32_t *tokens, int count) {
+  return mass_of(logits, law, drawn, tokens, count);
 }
 
 /* Move slot `from` to slot `to` in every region (to compact the accepted path of a tree). */

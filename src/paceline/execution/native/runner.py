@@ -27,6 +27,7 @@ from paceline.execution.base import (
 from paceline.execution.native import binding
 from paceline.execution.native.arena import zeros
 from paceline.execution.native.build import load_library
+from paceline.execution.native.drawing import Drawer
 from paceline.execution.native.sequence import NativeSequence, copy_rows, keys_of
 from paceline.execution.native.weights import KINDS, NativeWeights
 from paceline.execution.structure import LeanSpec, ModelWeights, describe_structure, merged_weights
@@ -178,6 +179,7 @@ class NativeRunner(Runner):
         self._best = np.zeros(0, np.int32)
         self._best_at = 0
         self._segments = (binding.Segment * MAX_ROWS)()
+        self._drawer = Drawer(self._library, self.spec.vocab)
         self._batch = binding.Batch(
             tokens=self._tokens.ctypes.data,
             positions=self._positions.ctypes.data,
@@ -293,7 +295,7 @@ class NativeRunner(Runner):
 
     # ---------- the forward ----------
 
-    runs_parts = True
+    runs_parts = draws_rows = True
 
     def forward(self, segments: Sequence[Segment], *, want_hidden: bool = False) -> ForwardOutput:
         return self._forward(segments, want_hidden, self.spec.layers, None)
@@ -316,6 +318,7 @@ class NativeRunner(Runner):
     def _forward(self, segments: Sequence[Segment], want_hidden: bool, layers: int, skip: bytes | None) -> ForwardOutput:
         wanted = [len(s.tokens) if s.num_logits is None else s.num_logits for s in segments]
         total = sum(wanted)
+        self._drawer.forwards += 1
         self._reserve(total, want_hidden)
         self._batch.run_layers = layers
         self._batch.skip = ctypes.cast(ctypes.c_char_p(skip), ctypes.c_void_p) if skip is not None else None
@@ -337,7 +340,8 @@ class NativeRunner(Runner):
         if rows:
             self._run(rows, count, asked, done, want_hidden)
         hidden = self._hidden[:total] if want_hidden else None
-        return ForwardOutput(self._logits[:total], hidden, self._best[:total].tolist())
+        logits, best = self._logits[:total], self._best[:total].tolist()
+        return ForwardOutput(logits, hidden, best, *self._drawer.rows(logits, best, segments, wanted))
 
     def _reserve(self, rows: int, want_hidden: bool) -> None:
         if rows > self._logits.shape[0]:

@@ -17,6 +17,7 @@
 
 typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t v16i __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int64_t v8l __attribute__((vector_size(64), aligned(8), may_alias));
 typedef uint8_t v64u __attribute__((vector_size(64), aligned(1), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 
@@ -45,6 +46,13 @@ INLINE v16i dot4(v16i acc, v64u w, const int8_t *x) {
 INLINE void store_i8(int8_t *p, v16i x) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)x)); }
 INLINE int32_t hsum_i(v16i x) { return _mm512_reduce_add_epi32((__m512i)x); }
 INLINE float hmax(v16 x) { return _mm512_reduce_max_ps((__m512)x); }
+INLINE int any(v16i x) { return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0; }
+/* Write the lanes of x whose `kept` is -1 one behind another (and anything behind them, 16 values in all); returns how many. */
+INLINE int compress(uint32_t *p, v16i x, v16i kept) {
+  __mmask16 mask = _mm512_test_epi32_mask((__m512i)kept, (__m512i)kept);
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(mask, (__m512i)x));
+  return __builtin_popcount(mask);
+}
 INLINE v64u low_nibbles(v64u v) { return (v64u)_mm512_and_si512((__m512i)v, _mm512_set1_epi8(15)); }
 INLINE v64u high_nibbles(v64u v) {
   return (v64u)_mm512_and_si512(_mm512_srli_epi16((__m512i)v, 4), _mm512_set1_epi8(15));
@@ -90,8 +98,38 @@ INLINE float hmax(v16 x) {
   for (int i = 1; i < 16; i++) m = m > x[i] ? m : x[i];
   return m;
 }
+INLINE int any(v16i x) {
+  int32_t some = 0;
+  for (int i = 0; i < 16; i++) some |= x[i];
+  return some != 0;
+}
+INLINE int compress(uint32_t *p, v16i x, v16i kept) {
+  int n = 0;
+  for (int i = 0; i < 16; i++) {
+    p[n] = (uint32_t)x[i];
+    n -= kept[i];
+  }
+  return n;
+}
 INLINE v64u low_nibbles(v64u v) { return v & 15; }
 INLINE v64u high_nibbles(v64u v) { return v >> 4; }
+#endif
+
+/* Eight lanes as whole numbers, towards zero. */
+#if HAVE_AVX512 && defined(__AVX512DQ__)
+INLINE v8l whole_low(v16 x) { return (v8l)_mm512_cvttps_epi64(_mm512_castps512_ps256((__m512)x)); }
+INLINE v8l whole_high(v16 x) { return (v8l)_mm512_cvttps_epi64(_mm512_extractf32x8_ps((__m512)x, 1)); }
+#else
+INLINE v8l whole_low(v16 x) {
+  v8l r;
+  for (int i = 0; i < 8; i++) r[i] = (int64_t)x[i];
+  return r;
+}
+INLINE v8l whole_high(v16 x) {
+  v8l r;
+  for (int i = 0; i < 8; i++) r[i] = (int64_t)x[i + 8];
+  return r;
+}
 #endif
 
 /* Two bf16 values a lane: even elements in the low half of each 32-bit word. */
