@@ -223,8 +223,8 @@ Engine *paceline_open(const Model *model, int threads, int max_slots) {
   e->partials = floats(chunks * UNITS_PER_THREAD * threads * QUERIES * partial_size(m->dim));
   open_acts(&e->acts, m, rows * widest);
   open_acts(&e->inner, m, rows * widest);
-  e->bound = floats((size_t)threads + 1);
-  for (int i = 0; i <= threads; i++) e->bound[i] = (float)i / (float)threads;
+  e->bound = e->bounds = floats(2 * ((size_t)threads + 1));
+  for (int i = 0; i <= threads; i++) e->bounds[i] = e->bounds[threads + 1 + i] = (float)i / (float)threads;
   e->thread = calloc((size_t)threads, sizeof *e->thread);
   e->worker = calloc((size_t)threads, sizeof *e->worker);
   pthread_mutex_init(&e->pool.lock, NULL);
@@ -242,6 +242,7 @@ Engine *paceline_open(const Model *model, int threads, int max_slots) {
 void paceline_forward(Engine *e, Batch *batch) {
   e->batch = batch;
   balance(e);
+  e->bound = e->bounds + (batch->rows > ALONE ? e->pool.threads + 1 : 0);
   announce(&e->pool, &e->pool.job);
   run(&e->worker[0]);
 }
@@ -282,7 +283,7 @@ void paceline_close(Engine *e) {
   }
   close_acts(&e->acts);
   close_acts(&e->inner);
-  void *owned[] = {e->x, e->qkv, e->attn, e->rope_cos, e->rope_sin, e->partials, e->bound, e->thread, e->worker};
+  void *owned[] = {e->x, e->qkv, e->attn, e->rope_cos, e->rope_sin, e->partials, e->bounds, e->thread, e->worker};
   for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
   free(e);
 }

@@ -65,6 +65,7 @@ struct Engine {
   Pool pool;
   int tiled, queries; /* attention through the matrix unit; queries that go together at most */
   float *bound; /* [threads + 1] from 0 to 1: worker i does what lies between bound[i] and bound[i + 1] of a step's work */
+  float *bounds; /* those of passes over few rows, then those of passes over many: cores may differ otherwise in each */
   pthread_t *thread;
   Worker *worker;
   float *x, *qkv, *attn, *rope_cos, *rope_sin; /* [rows][...] work space */

@@ -23,10 +23,11 @@ INLINE void share(const Worker *w, int n, int block, int *from, int *to) {
   if (*to > n) *to = n;
 }
 
-/* Let shares follow how fast each worker was in the latest pass: cores differ, and others use them, too. Call between passes. */
+/* Let shares follow how fast each worker was in the latest pass: cores differ, and others use them, too. Call between passes, and
+ * before the bounds of the next one are chosen. */
 static void balance(Engine *e) {
   int threads = e->pool.threads;
-  float *bound = e->bound, total = 0, from = 0, at = 0;
+  float *bound = e->bound, step = bound == e->bounds ? 1.0f / 16 : 1.0f / 4, total = 0, from = 0, at = 0; /* long passes are rare */
   for (int i = 0; i < threads; i++) {
     if (!e->worker[i].busy) return;
     total += (bound[i + 1] - bound[i]) / (float)e->worker[i].busy;
@@ -34,7 +35,7 @@ static void balance(Engine *e) {
   for (int i = 0; i + 1 < threads; i++) {
     float mine = bound[i + 1] - from, fair = mine / (float)e->worker[i].busy / total;
     from = bound[i + 1];
-    at += mine + (fair - mine) / 16;
+    at += mine + (fair - mine) * step;
     bound[i + 1] = at;
   }
 }
