@@ -73,7 +73,7 @@ class Limits:
     """How far a speculation goes, as in the released SuffixDecoding."""
 
     factor: float = 1.0
-    """A match of m tokens may propose floor(factor * m + offset) tokens."""
+    """In chains a match of m tokens may propose floor(factor * m + offset) tokens."""
     offset: float = 0.0
     min_prob: float = 0.1
     """Least estimated probability of a path."""

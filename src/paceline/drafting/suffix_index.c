@@ -4,7 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ABI = 3, SIZES = 3, BREAK = -1, MOST_PLACES = 64, MOST_TOKENS = 64, WIDTH = 3, MOST_ORDERS = 8 };
+#include "ngram_table.h"
+
+enum { ABI = 3, SIZES = 3, BREAK = -1, MOST_PLACES = 64, MOST_TOKENS = 64 };
 static const int32_t GRAM[SIZES] = {6, 2, 1};
 
 typedef struct {
@@ -19,14 +21,6 @@ typedef struct {
     int64_t length, capacity, num_starts, start_capacity;
     uint64_t mask;
 } Index;
-
-typedef struct {  // as in ngram_table.py
-    const uint32_t *starts;   // of each bucket
-    const uint16_t *checks;
-    const uint32_t *tokens;   // WIDTH for each check
-    const uint8_t *chances;   // likewise, in 256ths
-    int32_t orders;
-} Table;
 
 typedef struct {
     double factor, offset, min_prob, contested, agreed, past_weight, unknown;
@@ -208,19 +202,6 @@ static int32_t token_at(const Walk *walk, int place, int32_t leaf, int32_t depth
     return walk->found->tokens[leaf];
 }
 
-// Where the longest known context at the end of a text is in a table; -1: nowhere. latest: the text's last tokens, the last one first.
-static int64_t find_context(const Table *table, const int32_t *latest, int32_t count) {
-    for (int32_t order = count < table->orders ? count : table->orders; order > 0; order--) {
-        uint64_t value = (uint64_t)order;
-        for (int32_t i = order - 1; i >= 0; i--) value = value * 0x9E3779B97F4A7C15u + (uint64_t)(latest[i] + 1);
-        value = (value ^ value >> 31) * 0xBF58476D1CE4E5B9u;
-        uint32_t key = (uint32_t)(value >> 32), last = table->starts[(key >> 16) + 1];
-        for (uint32_t at = table->starts[key >> 16]; at < last; at++)
-            if (table->checks[at] == (uint16_t)key) return at;
-    }
-    return -1;
-}
-
 // Adds `weight` votes to what the table says after the path to node `leaf` of `walk`, or nothing; returns the number of groups.
 static int consult(const Walk *walk, int32_t leaf, double weight, Group *groups, int count) {
     const Table *table = walk->query->table;
@@ -322,8 +303,8 @@ static double weigh(const Walk *walk, int32_t owner, int *any) {
 
 enum { MOST_WAITING = MOST_VOTERS + WIDTH * (MOST_TOKENS + 1) };
 
-// Emit the paths with the largest estimates first. Waiting nodes own disjoint places, or are what the table says. unknown: votes beside
-// those of the places on the first token.
+// Emit the paths with the largest estimates first. Waiting nodes own disjoint places, or are what the table says. unknown: votes
+// beside those of the places on the first token.
 static void tree_walk(Walk *walk, double unknown) {
     Group groups[MOST_VOTERS + WIDTH];
     Node waiting[MOST_WAITING];

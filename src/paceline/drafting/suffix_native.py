@@ -30,7 +30,7 @@ from paceline.errors import ResourceError
 _SOURCES = compiled.Sources(
     name="suffix",
     folder=Path(__file__).parent,
-    files=("suffix_index.c",),
+    files=("suffix_index.c", "ngram_table.h"),
     flags=("-O2", "-ffp-contract=off"),
     abi=("paceline_suffix_abi", 3),
 )
