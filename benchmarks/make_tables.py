@@ -351,8 +351,9 @@ def all_results(found: dict[str, Document]) -> str:
 
 
 def all_drafters(found: dict[str, Document]) -> str:
-    """For the page of drafters."""
-    return "\n\n".join(drafters("drafters", found["drafters"])) if "drafters" in found else NOTHING
+    """For the page of drafters: one machine after another, the newest record first."""
+    names = [name for name in sorted(found, reverse=True) if name.split("-")[0] == "drafters"]
+    return "\n\n".join(part for name in names for part in drafters(name, found[name])) or NOTHING
 
 
 def filled(text: str, content: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
