@@ -41,11 +41,6 @@ class DraftQuality:
         """What is known of a drafter that states how sure it is, at the task's temperature; None of another one."""
         return self._confident.get(drafter + temperature_tag(task))
 
-    def asks(self, drafter: str, task: str) -> bool:
-        """Whether it states its confidence while it drafts, so that drafts may be ended."""
-        confident = self.confidence(drafter, task)
-        return confident is not None and confident.asks
-
     def ends_drafts(self, drafter: str, task: str) -> bool:
         """Whether its confidence is known well enough to end its drafts, and it asks."""
         confident = self.confidence(drafter, task)

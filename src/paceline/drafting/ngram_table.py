@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,10 @@ def _check_shapes(table: NgramTable, path: Path) -> None:
         raise CacheError(f"n-gram table {path}: damaged (buckets do not cover its entries); make it again")
 
 
+@lru_cache(maxsize=4)
 def vocabulary_digest(tokenizer: Tokenizer) -> str:
-    """Tells vocabularies apart: a table's ids mean other text under another one."""
+    """Tells vocabularies apart: a table's ids mean other text under another one. Engines that share a target ask once: listing a
+    vocabulary takes as long as a dozen steps."""
     entries = "\0".join(entry or "" for entry in tokenizer.token_strings())
     return hashlib.sha256(entries.encode("utf-8", "surrogatepass")).hexdigest()
 

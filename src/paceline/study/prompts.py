@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paceline.errors import OptionError, PromptError
+from paceline.errors import OptionError, PacelineError, PromptError
 
 if TYPE_CHECKING:
     from paceline.models.base import Tokenizer
@@ -65,17 +65,23 @@ def _read(path: Path) -> str:
 
 def _parse(line: str, number: int, source: str, name: str) -> BenchPrompt:
     where = f"prompts {source!r}, line {number}"
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise PromptError(f"{where}: not JSON ({error}); write one object a line") from None
-    if not isinstance(row, Mapping):
-        raise PromptError(f"{where}: not an object; write one object a line")
+    row = parse_object(line, where, PromptError)
     text = _text(row)
     if not isinstance(text, str) or not text.strip():
         raise PromptError(f"{where}: no text in `prompt`, `question` or `turns`")
     identity = next((row[key] for key in ("question_id", "task_id") if key in row), number)
     return BenchPrompt(str(identity), str(row.get("category") or name), text)
+
+
+def parse_object(line: str, where: str, error: type[PacelineError]) -> Mapping[str, Any]:
+    """The object in a line of JSONL. Raises `error`, which names the place, for anything else."""
+    try:
+        row = json.loads(line)
+    except ValueError as cause:
+        raise error(f"{where}: not JSON ({cause}); write one object a line") from None
+    if not isinstance(row, Mapping):
+        raise error(f"{where}: not an object; write one object a line")
+    return row
 
 
 def _text(row: Mapping[str, Any]) -> object:

@@ -15,12 +15,13 @@ from typing import Any, TextIO
 from paceline.drafting.ngram_table import MOST_ORDERS
 from paceline.errors import OptionError
 from paceline.models.base import Tokenizer
-from paceline.study.prompts import encode_prompt
+from paceline.study.prompts import encode_prompt, parse_object
 from paceline.training.ngram_table import Answer
 
 CONTEXT = MOST_ORDERS
 """Tokens of a prompt that are kept before its answer: no context is longer."""
-_MARK = "paceline's mark"
+MARK = "paceline's mark"
+"""Stands for a message where a chat template is rendered to see what it puts around one."""
 
 
 def make_answer(prompt: list[int], written: list[int], likeliest: list[int] | None = None) -> Answer:
@@ -55,12 +56,7 @@ def write_answer(answer: Answer, file: TextIO) -> None:
 
 
 def _parse(line: str, where: str, tokenizer: Tokenizer) -> Answer:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise OptionError(f"{where}: not JSON ({error}); write one object a line") from None
-    if not isinstance(row, Mapping):
-        raise OptionError(f"{where}: not an object; write one object a line")
+    row = parse_object(line, where, OptionError)
     return _of_tokens(row, where, tokenizer) if "tokens" in row else _of_texts(row, where, tokenizer)
 
 
@@ -100,7 +96,7 @@ def _of_texts(row: Mapping[str, Any], where: str, tokenizer: Tokenizer) -> Answe
 
 def _end_of_answer(tokenizer: Tokenizer) -> list[int]:
     """The token with which the model ends its turn: what the chat template puts behind an answer, if texts end with that."""
-    turns = [{"role": role, "content": _MARK} for role in ("user", "assistant", "user")]
-    parts = tokenizer.render_chat(turns).split(_MARK)
+    turns = [{"role": role, "content": MARK} for role in ("user", "assistant", "user")]
+    parts = tokenizer.render_chat(turns).split(MARK)
     behind = tokenizer.encode(parts[2], add_special=False)[:1] if len(parts) == 4 else []
     return [token for token in behind if token in tokenizer.end_ids]

@@ -18,7 +18,7 @@ from paceline.errors import OptionError
 from paceline.models.base import Tokenizer
 from paceline.records import GenerationResult
 from paceline.study.prompts import encode_prompt
-from paceline.training.answers import make_answer
+from paceline.training.answers import MARK, make_answer
 from paceline.training.ngram_table import Answer
 
 TURN_TOKENS, ANSWER_TOKENS = 110, 280
@@ -29,7 +29,6 @@ GREEDY_SHARE = 0.6
 _BEGINNINGS, _SAMPLES = 10, 3
 """Of one batch: 30 texts, where an engine decodes 32 together. The samples of a beginning differ in their seeds, but all beginnings
 of a call have the same ones: see `_choose`."""
-_MARK = "paceline's mark"
 
 OPENINGS = (
     *("Write a", "Write an email", "Write a short story", "Write a function", "Write a Python program", "Write a SQL query"),
@@ -77,7 +76,7 @@ def converse(engine: Engine, options: TalkOptions) -> Iterator[Answer]:
 def _stage_of(tokenizer: Tokenizer) -> _Stage:
     if not tokenizer.has_chat_template:
         raise OptionError("conversations: this model has no chat template to talk to itself in; give answers with --answers")
-    before, found, after = tokenizer.render_chat([{"role": "user", "content": _MARK}]).partition(_MARK)
+    before, found, after = tokenizer.render_chat([{"role": "user", "content": MARK}]).partition(MARK)
     if not found:
         raise OptionError("conversations: this model's chat template shows no user's turn; give answers with --answers")
     return _Stage(before, after.strip())
