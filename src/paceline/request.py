@@ -18,7 +18,7 @@ from paceline.output import OutputAssembler
 from paceline.records import PLAIN, Draft, DraftFeatures, GenerationResult, Round, StepRecord, TokenLogprob, Verdict
 from paceline.sampling import CounterRandom, Purpose, SampledRows, draw_temperature
 from paceline.verification.registry import AUTO, choose_rule, create
-from paceline.verification.walk import follow_chain
+from paceline.verification.walk import follow
 
 _HOTTEST = 2.0
 """Temperatures up to here are told apart, in tenths: what a controller learns of requests of one says little about another."""
@@ -75,6 +75,7 @@ class Request:
         # drafts that are chosen it would not: the drawn token is a drafted one with just its probability, on chains and trees.
         drawn = draws_rows and (logits_are_far or not any(drafter.samples for drafter in drafters))
         self._matches = rule == "match" or (rule == AUTO and (params.seed is not None or drawn))
+        self._logits_are_far = logits_are_far
         self._draws_rows = draws_rows and self._matches and not (params.greedy or params.shapes_logits or params.min_tokens)
         view = SequenceView(
             request_id,
@@ -164,7 +165,7 @@ class Request:
         """Judge the draft. first: its row of the forward that belongs to the pending token; those of the draft follow."""
         end = first + len(draft) + 1
         chosen = self._chosen(draft, output, first, end)
-        if chosen is not None and (told := follow_chain(draft, chosen)) is not None:
+        if chosen is not None and (told := follow(draft, chosen)) is not None:
             return told
         logits, best, drawn = output.logits[first:end], output.best, output.drawn
         mass = output.mass if self._draws_rows else None
@@ -188,12 +189,13 @@ class Request:
         return verdict
 
     def _chosen(self, draft: Draft, output: ForwardOutput, first: int, end: int) -> Sequence[int] | None:
-        """The target's token at each row of a chain, where the runner named it and no distribution is asked for: the usual case on
-        a GPU, in which sixteen sequences would wait for one another's rules."""
-        if not self._is_told or draft.parents is not None:
+        """The target's token at each row, where the runner named it and no distribution is asked for: the usual case on a GPU, in
+        which sixteen sequences would wait for one another's rules."""
+        if not self._is_told:
             return None
         if self._draws_rows:
-            tokens = output.drawn if draft.coupled or not draft.tokens else None
+            # A chosen draft's exact chances would tell a little more, but fetching each of them takes a share of a round.
+            tokens = output.drawn if draft.coupled or not draft.tokens or self._logits_are_far else None
         else:
             tokens = output.best if not self._is_padded(output) else None
         return tokens[first:end] if tokens is not None else None

@@ -32,12 +32,15 @@ def walk(draft: Draft, choose: Callable[[int, int], int]) -> tuple[list[int], li
         path.append(node)
 
 
-def follow_chain(draft: Draft, chosen: Sequence[int]) -> Verdict | None:
-    """What the greedy and the match rule say of a chain, where the target's token at each row is known already.
+def follow(draft: Draft, chosen: Sequence[int]) -> Verdict | None:
+    """What the greedy and the match rule say of a draft, where the target's token at each row is known already.
 
-    chosen: len(draft) + 1 tokens, looked at up to the first that the draft lacks; None if one of those is
-    negative. The labels are outcomes, so it is not for `match` on a chain that was chosen rather than drawn.
+    chosen: len(draft) + 1 tokens, of which only those of the rows on the accepted path are looked at; None if one of those is
+    negative. The labels are outcomes, which for `match` on a draft that was chosen rather than drawn are noisier than its own.
     """
+    if draft.parents is not None:
+        nodes, emitted = walk(draft, lambda row, _: chosen[row])
+        return None if emitted[-1] < 0 else Verdict(tuple(nodes), tuple(emitted), outcome_labels(draft, nodes))
     accepted = 0
     while accepted < len(draft.tokens) and draft.tokens[accepted] == chosen[accepted]:
         accepted += 1

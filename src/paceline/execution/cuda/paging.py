@@ -57,6 +57,9 @@ class PagedCache:
         self._max_context = max_context
         self.moved_rows = 0
         """Rows that `accept` had to move so far: stays 0 on chains."""
+        self._moves: list[tuple[int, int, int, int]] = []
+        """Page and offset, from and to, of rows that are yet to be moved: before anybody reads or writes, and those of a batch
+        together, since asking the device takes the host longer than moving takes the device."""
 
     @property
     def free_pages(self) -> int:
@@ -71,6 +74,7 @@ class PagedCache:
     def fork(self, sequence: PagedSequence) -> PagedSequence:
         """A sequence with the same committed tokens: whole pages are shared, a last partial one is copied when written to."""
         self.check(sequence)
+        self._move()
         twin = self.open()
         twin.committed = sequence.committed
         twin.pages = sequence.pages[: -(-sequence.committed // PAGE)]
@@ -82,6 +86,7 @@ class PagedCache:
     def stage(self, sequence: PagedSequence, count: int) -> None:
         """Make room for `count` uncommitted tokens, forgetting earlier ones. Raises ResourceError when memory is short."""
         self.check(sequence)
+        self._move()
         end = sequence.committed + count
         if end > self._max_context:
             raise ResourceError(
@@ -106,7 +111,7 @@ class PagedCache:
         sequence.staged = count
 
     def accept(self, sequence: PagedSequence, rows: Sequence[int]) -> None:
-        """Commit these staged rows, a path from the root down; they are moved together unless they lie together already."""
+        """Commit these staged rows, a path from the root down; they will be moved together unless they lie together already."""
         self.check(sequence)
         path = list(rows)
         if path == list(range(len(path))) and len(path) <= sequence.staged:  # a chain, which every round of a batch asks about
@@ -116,9 +121,10 @@ class PagedCache:
         ordered = all(0 <= a < b for a, b in zip([-1, *path][1:], [*path[1:], sequence.staged], strict=True))
         if not ordered:
             raise OptionError(f"rows = {path}: must be strictly increasing rows of the last segment ({sequence.staged} tokens)")
-        moves = [(row, place) for place, row in enumerate(path) if row != place]
-        if moves:
-            self._move(sequence, moves)
+        pages, base = sequence.pages, sequence.committed
+        for place, row in enumerate(path, base):
+            if (row := base + row) != place:
+                self._moves.append((pages[row // PAGE], row % PAGE, pages[place // PAGE], place % PAGE))
         sequence.committed += len(path)
         sequence.staged = 0
 
@@ -132,6 +138,7 @@ class PagedCache:
         self.check(sequence)
         if not 0 <= length <= sequence.committed:
             raise OptionError(f"length = {length}: must be in 0 .. {sequence.committed}")
+        self._move()
         sequence.committed, sequence.staged = length, 0
         keep = -(-length // PAGE)
         self._give_back(sequence.pages[keep:])
@@ -140,6 +147,7 @@ class PagedCache:
     def close(self, sequence: PagedSequence) -> None:
         """Give the sequence's pages back. Closing twice is harmless."""
         if not sequence.closed:
+            self._move()
             self._give_back(sequence.pages)
             self._slots.append(sequence.slot)
             sequence.pages, sequence.closed = [], True
@@ -151,19 +159,21 @@ class PagedCache:
 
     def addresses(self, sequence: PagedSequence, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Page and offset of the token slots start .. end - 1, both int64 on the cache's device."""
+        self._move()
         slots = torch.arange(start, end)
         pages = torch.tensor(sequence.pages, dtype=torch.int64)[slots // PAGE]
         return pages.to(self.keys.device), (slots % PAGE).to(self.keys.device)
 
     @torch.inference_mode()
-    def _move(self, sequence: PagedSequence, moves: list[tuple[int, int]]) -> None:
-        base = sequence.committed
-        slots = torch.tensor([[base + row, base + place] for row, place in moves])
-        pages = torch.tensor(sequence.pages, dtype=torch.int64)[slots // PAGE].to(self.keys.device)
-        offsets = (slots % PAGE).to(self.keys.device)
+    def _move(self) -> None:
+        """Move what waits for it."""
+        if not self._moves:
+            return
+        moves, self._moves = self._moves, []
+        table = torch.tensor(moves, pin_memory=self.keys.is_cuda).to(self.keys.device, non_blocking=True)
+        page, offset, to_page, to_offset = table.unbind(1)
         for cache in (self.keys, self.values):
-            moved = cache[:, pages[:, 0], :, offsets[:, 0]]  # a copy, so that no row is overwritten before it is read
-            cache[:, pages[:, 1], :, offsets[:, 1]] = moved
+            cache[:, to_page, :, to_offset] = cache[:, page, :, offset]  # read as a whole first: a place may be another's source
         self.moved_rows += len(moves)
 
     def _own(self, sequence: PagedSequence, index: int) -> None:
