@@ -10,6 +10,11 @@ from typing import Any
 
 import torch
 
+from paceline.costs import CostTable
+from paceline.drafting import registry as drafters
+from paceline.drafting.base import Drafter, DrafterContext
+from paceline.execution.base import Runner
+from paceline.models.base import Tokenizer
 from paceline.study.environment import command, environment
 
 GIB = 1 << 30
@@ -29,3 +34,13 @@ def begin(output: Path) -> tuple[dict[str, Any], Callable[[], None]]:
         output.write_text(json.dumps(document, indent=1) + "\n")
 
     return document, save
+
+
+def default_drafter(runner: Runner, tokenizer: Tokenizer, costs: CostTable) -> Drafter:
+    """What drafts by default on a target with these costs."""
+    info = runner.info
+    context = DrafterContext(
+        vocab_size=info.vocab_size, max_context=info.max_context, tokenizer=tokenizer, row_cost=costs.row_cost()
+    )
+    (drafter,) = drafters.create_all("auto", {}, context)
+    return drafter

@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_engine.py --model MODEL.gguf --prompts PROMPTS.jsonl --output benchmarks/results/gpu_engine.json
 
-The draft is the small model itself, in bf16. Speeds are those of decoding, without the prompt, second pass of two.
+The draft is the small model itself, in bf16; of batches also what drafts by default. Speeds are those of decoding, without the
+prompt, second pass of two.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_document import begin
+from gpu_document import begin, default_drafter
 
 from paceline.config import RunnerConfig, SamplingParams
+from paceline.control import registry as controllers
+from paceline.costs import CostTable
 from paceline.drafting.model import ModelDrafter
 from paceline.engine import Engine
 from paceline.errors import ResourceError
@@ -56,24 +59,43 @@ def decoded(engine: Engine, prompts: list[list[int]], params: SamplingParams, pl
     """Tokens a second of all sequences together, decoded side by side, and their tokens."""
     results: list[GenerationResult] = []
     for _ in range(2):
+        for drafter in engine.drafters:
+            drafter.forget()  # nothing is drafted from an answer to the same prompt
         results = engine.generate(prompts, params, plain=plain)
     return sum(r.num_tokens for r in results) / max(r.decode_seconds for r in results), tokens_of(results)
+
+
+def with_default(engine: Engine) -> Engine:
+    """The same target with what drafts by default."""
+    costs = CostTable.from_json(engine.costs.to_json())
+    return Engine(
+        engine.runner,
+        costs=costs,
+        controller=controllers.create("pacer", costs),
+        drafters=[default_drafter(engine.runner, engine.tokenizer, costs)],
+        tokenizer=engine.tokenizer,
+        source=engine.source,
+    )
 
 
 def batches(engine: Engine, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
     """Plain and speculative speed of several sequences at once, and whether the texts are those of each alone."""
     found: dict[str, Any] = {}
+    default = with_default(engine)
     for temperature in TEMPERATURES:
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=1)
         alone = [tokens_of([one])[0] for one in (engine.generate(ids, params, plain=True) for ids in prompts)]
         for size in BATCHES:
             plain, plain_texts = decoded(engine, prompts[:size], params, plain=True)
             drafted, drafted_texts = decoded(engine, prompts[:size], params, plain=False)
+            looked_up, default_texts = decoded(default, prompts[:size], params, plain=False)
             entry = {
                 "plain_tokens_per_s": round(plain, 1),
                 "drafted_tokens_per_s": round(drafted, 1),
                 "over_plain": round(drafted / plain, 3),
-                "same_texts": plain_texts == drafted_texts == alone[:size],
+                "default_tokens_per_s": round(looked_up, 1),
+                "default_over_plain": round(looked_up / plain, 3),
+                "same_texts": plain_texts == drafted_texts == default_texts == alone[:size],
             }
             found[f"temperature {temperature}, {size} sequences"] = entry
             print(temperature, size, entry, flush=True)

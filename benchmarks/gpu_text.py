@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_document import GIB, begin
+from gpu_document import GIB, begin, default_drafter
 
 from paceline.config import SamplingParams
 from paceline.control import registry as controllers
@@ -69,9 +69,11 @@ def text(arguments: argparse.Namespace, result: dict[str, Any], save: Callable[[
     methods: dict[str, list[Drafter]] = {
         "plain": [],
         "ngram": [NgramDrafter()],
+        "default": [default_drafter(runner, source.tokenizer, costs)],
         "model:int4": [models["model:int4"]],
         "model:bf16": [models["model:bf16"]],
         "ngram,model:bf16": [NgramDrafter(), models["model:bf16"]],
+        "default,model:bf16": [default_drafter(runner, source.tokenizer, costs), models["model:bf16"]],
         "hopeless": [models["hopeless"]],
     }
     engines = {name: engine_of(runner, target, source.tokenizer, costs, made) for name, made in methods.items()}
@@ -84,7 +86,9 @@ def text(arguments: argparse.Namespace, result: dict[str, Any], save: Callable[[
     if arguments.peers:
         result["transformers"] = peers(target, source, prompts[: arguments.peers], min(64, arguments.max_tokens))
         save()
-    sampled = {name: engine_of(runner, target, source.tokenizer, costs, methods[name]) for name in ("plain", "model:bf16")}
+    sampled = {
+        name: engine_of(runner, target, source.tokenizer, costs, methods[name]) for name in ("plain", "default", "model:bf16")
+    }
     few = prompts[: max(1, len(prompts) // 4)]
     result["sampled"] = compare(sampled, few, SamplingParams(max_tokens=arguments.max_tokens, temperature=0.7, seed=1), costs)
 
@@ -101,10 +105,15 @@ def engine_of(
 def compare(
     engines: Mapping[str, Engine], prompts: Sequence[list[int]], params: SamplingParams, costs: CostTable
 ) -> dict[str, Any]:
-    """All methods on every prompt in turn; the first pass captures graphs and teaches the controllers, the second one counts."""
+    """All methods on every prompt in turn; the first pass captures graphs and teaches the controllers, the second one counts.
+
+    default: what drafts where no drafter is named.
+    """
     results: dict[str, list[GenerationResult]] = {}
     for _ in range(2):
         results = {name: [] for name in engines}
+        for drafter in {id(drafter): drafter for engine in engines.values() for drafter in engine.drafters}.values():
+            drafter.forget()  # nothing is drafted from an answer to the same prompt
         for ids in prompts:
             for name, engine in engines.items():
                 results[name].append(engine.generate(ids, params))

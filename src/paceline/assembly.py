@@ -195,17 +195,9 @@ def _drafter_context(target: Target, models: _DraftModels) -> DrafterContext:
         open_graded=models.open_graded,
         target=target.runner,
         source=target.source,
-        row_cost=_row_cost(target.costs),
+        row_cost=target.costs.row_cost(),
         level_costs=models.level_costs,
     )
-
-
-def _row_cost(costs: CostTable) -> float | None:
-    """What a row beyond the second one costs, in plain steps: the second may be dearer, and is paid by any draft."""
-    context = costs.contexts[0]
-    if costs.rows[-1] < 4:
-        return None
-    return max(0.0, costs.t_verify(4, context) - costs.t_verify(2, context)) / (2.0 * costs.t_plain(context))
 
 
 def _make_controller(speculation: SpeculationConfig, costs: CostTable, profile: Path | None) -> Controller:

@@ -65,6 +65,16 @@ class CostTable:
         """Seconds of a plain step of `batch` sequences."""
         return self.t_verify(batch, context)
 
+    def row_cost(self) -> float | None:
+        """What a row beyond the second one costs, in plain steps: the second may be dearer, and is paid by any draft.
+
+        None where too few rows were measured.
+        """
+        context = self.contexts[0]
+        if self.rows[-1] < 4:
+            return None
+        return max(0.0, self.t_verify(4, context) - self.t_verify(2, context)) / (2.0 * self.t_plain(context))
+
     def t_draft(self, drafter: str, num_tokens: int, catch_up: int = 0) -> float:
         cost = self.drafters.get(drafter)
         return cost.seconds(num_tokens, catch_up) if cost is not None else 0.0

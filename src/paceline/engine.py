@@ -241,10 +241,12 @@ class Engine:
         return result(), waited
 
     def _learns_later(self, requests: Sequence[Request], controller: Controller) -> bool:
-        """Whether the last round can wait until the device works on the coming one: that one is plain already, and grants nobody
-        time that the bank would have to know of."""
+        """Whether the last round can wait until the device works on the coming one: a batch's, which takes a while, where the
+        controller allows it; else if that one is plain already, and grants nobody time that the bank would have to know of."""
         if not self.runner.works_apart:
             return False
+        if len(requests) > 1 and controller.learns_late:
+            return True
         return all(not r.sessions or controller.plan_unseen(r.task, len(requests)) is not None for r in requests)
 
     def _learn(self, controller: Controller) -> None:

@@ -139,6 +139,18 @@ def test_a_round_before_one_that_is_plain_anyway_is_shown_while_the_device_works
     assert all(part.count("o") == part.count("r") for part in before_plan)
 
 
+def test_a_batchs_round_is_shown_while_the_device_works_where_the_controller_allows_it() -> None:
+    happened: list[str] = []
+    controller = Teller(happened, lambda _: False)
+    controller.learns_late = True
+    made = engine_of(controller, happened).generate(PROMPTS, SamplingParams(max_tokens=12, ignore_eos=True))
+    assert sorted(map(repr, controller.shown)) == sorted(repr(step) for result in made for step in result.steps)
+    rounds = "".join(what[0] for what in happened).split("b")
+    assert "o" not in rounds[1]
+    alone = next((i for i, part in enumerate(rounds) if part.count("p") == 1), len(rounds))
+    assert all("o" not in part.partition("r")[2] for part in rounds[1 : alone - 1])  # behind a launch, not before the next plan
+
+
 def test_plain_calls_show_the_controller_nothing_and_have_all_their_records() -> None:
     happened: list[str] = []
     controller = Teller(happened, lambda _: False)

@@ -36,6 +36,8 @@ class Controller(ABC):
     """Decides how much to draft, with what. One instance serves an engine; state per request is keyed by `request_id`."""
 
     name: str = ""
+    learns_late = False
+    """Whether it may be shown a batch's round after it planned the next one: a device works on that one meanwhile."""
 
     @abstractmethod
     def plan(self, context: RoundContext) -> Plan:

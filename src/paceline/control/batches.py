@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Sequence
 
 from paceline.control.acceptance import signal_bucket
 from paceline.control.bank import TimeBank
 from paceline.control.base import RoundContext
-from paceline.control.joint import Allocation, JointDraft, JointRound, Share, allocate
+from paceline.control.joint import Allocation, JointDraft, JointRound, Share, allocate, weigh
 from paceline.control.offers import (
     CLEARLY_NOT,
     DOUBLE_PROOF,
@@ -16,16 +18,22 @@ from paceline.control.offers import (
     REST,
     SAVING,
     Lane,
+    batch_bucket,
     lend_reading,
     probe_key,
     spread_lag,
 )
-from paceline.control.pricing import LearnedCosts
+from paceline.control.pricing import LearnedCosts, Line
 from paceline.control.probing import ProbeSchedule
 from paceline.control.quality import DraftQuality
-from paceline.records import DraftFeatures, Outlook, Plan
+from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
 
 _SPARED = Plan(None, 0, "plain: others of the batch draft what is likelier")
+_DEAREST = 2.0
+"""Plain forwards that a forward may take at most. Beyond, where rows cost in proportion, more of them gain hardly more than they
+waste where estimates are too high, and leave the last rounds less full."""
+_UNDER_WAY = 2
+"""Rounds that may be planned and not yet settled."""
 _PROBED = 2
 """Tokens that each sequence drafts in a probe: steps are shared, so all may as well take part."""
 
@@ -40,6 +48,15 @@ class JointPlanner:
         self._costs, self._quality, self._bank, self._probes = costs, quality, bank, probes
         self._read, self._margin = read, margin
         self._running: dict[int, JointDraft] = {}
+        self._lags: dict[int, deque[int]] = {}
+        """Tokens caught up that each draft's time tells about, of rounds under way, oldest first: a round may be planned before the
+        last is settled."""
+        self._stakes: deque[float] = deque(maxlen=_UNDER_WAY)
+        """Losses granted to rounds that are not settled, which the bank forgets when it settles another one."""
+        self._outside: dict[int, Line] = {}
+        """Seconds of a speculative round outside forward and drafting, by its batch size: planning, judging and committing."""
+        self._settled = 0
+        """Records of the last round that were settled."""
         self.prober = -1
         """The request whose record tells how a probe went."""
         self.explains = False
@@ -52,6 +69,7 @@ class JointPlanner:
         shares = [share for share in offered if share is not None]
         if not shares:
             return [NOTHING] * len(contexts)
+        weigh(shares)
         found = self._allocate(shares)
         count = found.best(batch)
         merit = (batch + found.emitted[count]) * self._costs.change * plain / (batch * found.seconds[count])
@@ -88,10 +106,35 @@ class JointPlanner:
         draft.survival *= self._quality.chance(request_id, share.outlook.drafter, confident, features)
         return draft.round.goes_on(draft, position)
 
-    def forget(self, request_id: int) -> int:
-        """Its round, or the request, ended. Returns the tokens that its draft had to catch up."""
-        draft = self._running.pop(request_id, None)
-        return draft.share.outlook.catch_up if draft is not None else 0
+    def settle(self, record: StepRecord) -> int:
+        """A round ended in which the batch drafted. Returns the tokens that were caught up in this record's drafting time."""
+        batch, drafter = record.batch_size, record.drafter
+        lags = self._lags.get(record.request_id)
+        lag = lags.popleft() if lags and drafter is not None else 0
+        self._settled += 1
+        if self._settled >= batch:
+            self._settled = 0
+            if self._stakes:
+                self._stakes.popleft()
+            outside = record.round_seconds - record.verify_seconds - record.batch_draft_seconds
+            if not record.warmup:
+                self._outside_of(batch).learn(record.batch_rows - batch, outside)
+            elif drafter is not None and outside > 0.0:  # a first round, without a capture: no other one reads prompts
+                fixed, each = self._costs.drafting(drafter)
+                self._costs.learn_catch_up(drafter, lag, record.draft_seconds - fixed - each * record.num_drafted)
+        return lag
+
+    def forget(self, request_id: int) -> None:
+        """The request ended."""
+        self._running.pop(request_id, None)
+        self._lags.pop(request_id, None)
+
+    def _outside_of(self, batch: int) -> Line:
+        bucket = batch_bucket(batch)
+        line = self._outside.get(bucket)
+        if line is None:
+            line = self._outside[bucket] = Line(0.0, 0.0, 0.0)
+        return line
 
     def _share(self, context: RoundContext, price: float) -> Share | None:
         """The drafter that is worth most to a sequence by itself. price: tokens a second that time is worth."""
@@ -115,6 +158,15 @@ class JointPlanner:
             once = costs.catch_up(drafter, lag) * costs.overlap.share(context.batch_size)
         return Share(context, outlook, rates, *costs.drafting(drafter), once)
 
+    def _caught_up(self, shares: Sequence[Share]) -> dict[str, float]:
+        """Tokens that drafts with shared steps catch up in their common time, by drafter: as `_offer` prices them, but whole."""
+        lags: dict[str, float] = {}
+        for share in shares:
+            lag = share.outlook.catch_up if share.num_draft else 0
+            part = 1.0 if lag > DUE_CATCH_UP else self._costs.overlap.share(len(shares))
+            lags[share.outlook.drafter] = lags.get(share.outlook.drafter, 0.0) + part * lag
+        return lags
+
     def _reading(self, share: Share) -> float:
         """Seconds that its draft must read beyond what its round is charged with."""
         return max(0.0, self._costs.catch_up(share.outlook.drafter, share.outlook.catch_up) - share.once)
@@ -123,7 +175,9 @@ class JointPlanner:
         costs, rows = self._costs, shares[0].context.batch_size
         length = max(share.context.context_length for share in shares)
         forwards = costs.learnt(rows, sum(len(share.rates) for share in shares), length)
-        return allocate(shares, forwards, costs.overlap.serial, costs.rest.per_token)
+        most = max(bisect_right(forwards, _DEAREST * forwards[0]) - 1, _PROBED * len(shares))
+        outside = self._outside_of(rows)
+        return allocate(shares, forwards, costs.overlap.serial, outside.per_token, outside.fixed, most)
 
     def _may_probe(self, found: Allocation, plain: float, lane: Lane, now: int) -> bool:
         share, batch = found.shares[0], found.shares[0].context.batch_size
@@ -155,7 +209,8 @@ class JointPlanner:
             seconds = found.seconds[count]
             worst = max(margin * seconds, seconds + measured[count] - found.forwards[count]) - plain
             worst += sum(reading[i] for i in set(found.order[:count]))
-            if self._bank.grant(max(0.0, worst)):
+            if self._bank.grant(max(0.0, worst) + sum(self._stakes)):
+                self._stakes.append(max(0.0, worst))
                 return count
             count = 3 * count // 4
         self._bank.save_for(worst + 0.25 * plain, plain)
@@ -166,7 +221,7 @@ class JointPlanner:
         seconds = found.seconds[count]
         row = max(0.0, found.forwards[count] - found.forwards[0]) / count
         joint = JointRound((batch + found.emitted[count]) / seconds, row, self._costs.overlap.serial)
-        plans = []
+        plans, together = [], self._caught_up(found.shares)
         for share in offered:
             if share is None or share.num_draft == 0:
                 plans.append(NOTHING if share is None else _SPARED)
@@ -174,6 +229,8 @@ class JointPlanner:
             drafter, context = share.outlook.drafter, share.context
             stops = not probe and self._quality.ends_drafts(drafter, context.task)
             self._running[context.request_id] = joint.join(share, stops=stops)
+            lag = together[drafter] if share.outlook.together else share.outlook.catch_up
+            self._lags.setdefault(context.request_id, deque(maxlen=_UNDER_WAY)).append(round(lag))
             wanted = len(share.rates) if stops and share.num_draft > 1 else share.num_draft
             plans.append(Plan(drafter, wanted, self._why_draft(share, probe), share.emitted, seconds, probe))
         return plans

@@ -28,6 +28,7 @@ class Fixed(Controller):
     """Draft `num_draft` tokens, or as many as there are, with the first drafter that has something to propose."""
 
     name = "fixed"
+    learns_late = True
     options_type = FixedOptions
 
     def __init__(self, options: FixedOptions, costs: CostTable) -> None:

@@ -17,6 +17,8 @@ from paceline.records import Outlook
 
 _LEAST_CHANCE = 0.02
 """Chance of acceptance under which a token is no candidate, unless it is a draft's first one."""
+_HEAVIEST, _PACE = 2.0, 3
+"""Largest weight of a sequence's tokens (and its inverse the least), and drafted tokens that tell its pace."""
 
 
 @dataclass(slots=True)
@@ -32,6 +34,8 @@ class Share:
     """Its drafter's seconds: for a draft, and for each token."""
     once: float
     """Seconds before its first drafted token: what the draft's cache must catch up."""
+    weight: float = 1.0
+    """What a token of this sequence counts for; 1 on average."""
     num_draft: int = 0
     """Tokens that it was given."""
     emitted: float = 1.0
@@ -50,7 +54,7 @@ class Allocation:
     seconds: list[float]
     """Of the whole round."""
     emitted: list[float]
-    """Tokens that drafts are expected to add to one for each sequence."""
+    """Tokens that drafts are expected to add to one for each sequence, by their weights."""
 
     def best(self, batch: int) -> int:
         """Drafted tokens in all (1 at least) of the round with the most tokens a second."""
@@ -68,12 +72,39 @@ class Allocation:
             share.emitted += chances[i]
 
 
-def allocate(shares: Sequence[Share], forwards: Sequence[float], serial: float, each: float) -> Allocation:
-    """Price all rounds that take the likeliest tokens.
+def weigh(shares: Sequence[Share]) -> None:
+    """Let tokens count for more in sequences that have more rounds left than others at their present pace.
+
+    A batch is done when its slowest sequence is. Taking the likeliest tokens alone lets the easy sequences run away, and those
+    that are left then end in rounds that are no longer full, which take about as long as full ones.
+    """
+    left = []
+    for share in shares:
+        chance = tokens = 1.0
+        for rate in share.rates[:_PACE]:
+            chance *= rate
+            tokens += chance
+        left.append(share.context.remaining / tokens)
+    mean = sum(left) / len(left)
+    weights = [min(max(rounds / mean, 1.0 / _HEAVIEST), _HEAVIEST) for rounds in left]
+    norm = len(weights) / sum(weights)
+    for share, weight in zip(shares, weights, strict=True):
+        share.weight = norm * weight
+
+
+def allocate(
+    shares: Sequence[Share],
+    forwards: Sequence[float],
+    serial: float,
+    each: float,
+    once: float = 0.0,
+    most: int | None = None,
+) -> Allocation:
+    """Price all rounds that take the likeliest tokens, by their weights.
 
     forwards: seconds of a forward with 0, 1, 2, ... drafted rows, at least one for each rate and one more; serial: 1 where drafts
-    of a batch are made one after another, 0 where they share their steps; each: seconds of a drafted token outside forward and
-    draft.
+    of a batch are made one after another, 0 where they share their steps; each, once: seconds of a drafted token, and of a round
+    with any, outside forward and draft; most: drafted tokens in all.
     """
     candidates = []
     for i, share in enumerate(shares):
@@ -82,11 +113,13 @@ def allocate(shares: Sequence[Share], forwards: Sequence[float], serial: float, 
             chance *= rate
             if chance < _LEAST_CHANCE and depth > 1:
                 break
-            candidates.append((-chance, depth, i))
+            candidates.append((-share.weight * chance, depth, i))
     candidates.sort()
+    if most is not None:
+        del candidates[most:]
     deepest: dict[str, int] = {}
     found = Allocation(shares, forwards, [], [forwards[0]], [0.0])
-    host = emitted = 0.0
+    host, emitted = once, 0.0
     for taken, (negative, depth, i) in enumerate(candidates, 1):
         share = shares[i]
         drafter = share.outlook.drafter
@@ -119,7 +152,7 @@ class JointRound:
     """As in `allocate`."""
     free_rows: int = 0
     hopes: dict[str, dict[int, float]] = field(default_factory=dict)
-    """Of those that still draft, by drafter and request: chance of the next token beyond what its own time is worth."""
+    """Of those that still draft, by drafter and request: weighted chance of the next token beyond what its own time is worth."""
 
     def join(self, share: Share, *, stops: bool) -> JointDraft:
         """A draft of this round."""
@@ -146,7 +179,7 @@ class JointRound:
 
     def _hope(self, draft: JointDraft, chance: float) -> tuple[dict[int, float], float]:
         share = draft.share
-        own = chance - self.price * (self.row + self.serial * share.per_token)
+        own = share.weight * chance - self.price * (self.row + self.serial * share.per_token)
         hopes = self.hopes.setdefault(share.outlook.drafter, {})
         hopes[share.context.request_id] = own
         return hopes, own

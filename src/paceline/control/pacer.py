@@ -82,6 +82,7 @@ class Pacer(Controller):
     """See the module's text. One instance serves an engine; only a request's own odds and running round are kept by id."""
 
     name = "pacer"
+    learns_late = True
     options_type = PacerOptions
 
     def __init__(self, options: PacerOptions, costs: CostTable) -> None:
@@ -227,7 +228,7 @@ class Pacer(Controller):
         seconds = record.round_seconds or record.verify_seconds + record.draft_seconds
         steps = record.num_emitted / batch
         running = self._running.pop(record.request_id, None)
-        lag = running.offer.outlook.catch_up if running is not None else self._joint.forget(record.request_id)
+        lag = running.offer.outlook.catch_up if running is not None else self._joint.settle(record)
         ceiling = self._ceiling(record, rows)
         charged = min(seconds, ceiling) if record.warmup else seconds
         self._bank.settle(plain, steps, charged / batch, ceiling / batch, 1.0 / batch)

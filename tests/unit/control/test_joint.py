@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.control.base import RoundContext
-from paceline.control.joint import JointDraft, JointRound, Share, allocate
+from paceline.control.joint import JointDraft, JointRound, Share, allocate, weigh
 from paceline.records import Outlook
 
 RATES = st.lists(st.floats(0.05, 1.0), min_size=1, max_size=3)
@@ -83,6 +84,35 @@ def test_shared_steps_are_paid_once_and_others_by_each(serial: float, host: floa
 def test_what_a_draft_must_catch_up_is_paid_with_its_first_token() -> None:
     found = allocate([share([0.9, 0.8], once=2.0)], [10.0, 11.0, 12.0], 0.0, 0.25)
     assert found.seconds == pytest.approx([10.0, 13.25, 14.5])
+
+
+def test_a_round_with_a_draft_pays_for_what_is_done_once_and_has_no_more_tokens_than_it_may() -> None:
+    found = allocate([share([0.9, 0.8]), share([0.7])], [10.0, 11.0, 12.0, 13.0], 0.0, 0.25, 2.0, most=2)
+    assert found.seconds == pytest.approx([10.0, 13.25, 14.5])
+    assert found.order == [0, 0]
+
+
+@given(drafts=st.lists(st.tuples(RATES, st.integers(1, 500)), min_size=1, max_size=6))
+def test_who_has_more_rounds_left_counts_for_more(drafts: list[tuple[list[float], int]]) -> None:
+    shares = [share(rates, request=i) for i, (rates, _) in enumerate(drafts)]
+    for one, (_, remaining) in zip(shares, drafts, strict=True):
+        one.context = replace(one.context, remaining=remaining)
+    weigh(shares)
+    weights = [one.weight for one in shares]
+    assert sum(weights) == pytest.approx(len(weights))
+    assert max(weights) <= 4.001 * min(weights)
+    left = [remaining / (1.0 + expected(rates, len(rates))) for rates, remaining in drafts]
+    assert sorted(weights) == pytest.approx([weights[i] for i in sorted(range(len(left)), key=left.__getitem__)])
+
+
+def test_places_go_to_those_that_would_end_last() -> None:
+    """Of two sequences the one that is right less often has as much left: it gets the place of the other one's second token."""
+    shares = [share([0.9, 0.7], request=0), share([0.5, 0.5], request=1)]
+    assert allocate(shares, [10.0, 10.1, 10.2, 14.0, 15.0], 0.0, 0.0).order[:2] == [0, 0]
+    shares[0].context = replace(shares[0].context, remaining=20)
+    shares[1].context = replace(shares[1].context, remaining=60)
+    weigh(shares)
+    assert sorted(allocate(shares, [10.0, 10.1, 10.2, 14.0, 15.0], 0.0, 0.0).order[:2]) == [0, 1]
 
 
 def draft(common: JointRound, request: int, given: int, *, ahead: bool = False) -> JointDraft:

@@ -196,8 +196,8 @@ def test_who_is_asked_first_gets_no_more_than_who_is_likelier() -> None:
     contexts = batch(8, Outlook("ngram", 10, 1))
     contexts[7] = replace(contexts[7], outlooks=(Outlook("ngram", 10, 8),))
     plans = pacer(costs).plan_batch(contexts)
-    assert plans[7].num_draft >= 6
-    assert sum(plan.num_draft for plan in plans[:7]) <= 2
+    assert plans[7].num_draft >= 5
+    assert all(plan.num_draft <= 1 for plan in plans[:7])
 
 
 def test_a_batch_of_another_size_uses_what_a_like_one_taught() -> None:

@@ -1,0 +1,121 @@
+"""What rounds of a batch teach the pacer: reading that is shared, time outside forward and draft, rounds that are told late."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from paceline.control.base import RoundContext
+from paceline.control.pacer import Pacer, PacerOptions
+from paceline.costs import CostTable, DraftCost
+from paceline.records import Outlook, Plan, StepRecord
+
+MS = 1e-3
+BATCH = 8
+
+
+def table() -> CostTable:
+    """Flat forwards; a draft reads a token in 20 microseconds by the table."""
+    return CostTable([1, 64, 65, 128], [0], [[5 * MS, 6 * MS, 11 * MS, 12 * MS]], 0.0, {"draft": DraftCost(0.5 * MS, 0.0, 20e-6)})
+
+
+def contexts(lag: int = 0) -> list[RoundContext]:
+    outlook = Outlook("draft", 16, catch_up=lag, together=True)
+    return [RoundContext(i, 200, 16, (outlook,), BATCH, "", 96) for i in range(BATCH)]
+
+
+def finished(plans: list[Plan], *, outside: float = 0.0, reading: float = 0.0, warmup: bool = False) -> list[StepRecord]:
+    """The round's records: all drafts accepted, steps shared."""
+    longest = max(plan.num_draft for plan in plans)
+    drafting = 0.5 * MS * longest + reading if longest else 0.0
+    rows = BATCH + sum(plan.num_draft for plan in plans)
+    verify = table().t_verify(rows, 0)
+    return [
+        StepRecord(
+            request_id=i,
+            drafter=plan.drafter,
+            num_planned=plan.num_draft,
+            num_drafted=plan.num_draft,
+            num_accepted=plan.num_draft,
+            num_emitted=plan.num_draft + 1,
+            context_length=200,
+            draft_seconds=drafting if plan.num_draft else 0.0,
+            verify_seconds=verify,
+            round_seconds=verify + drafting + outside,
+            batch_size=BATCH,
+            batch_rows=rows,
+            batch_emitted=rows,
+            warmup=warmup,
+            batch_draft_seconds=drafting,
+            expected_seconds=plan.expected_seconds,
+        )
+        for i, plan in enumerate(plans)
+    ]
+
+
+def observe(controller: Pacer, records: list[StepRecord]) -> None:
+    for record in records:
+        controller.observe(record)
+
+
+def ready() -> Pacer:
+    """One that knows what a plain round takes."""
+    controller = Pacer(PacerOptions(start=50.0, explain=True), table())
+    for _ in range(4):
+        observe(controller, finished([Plan(None, 0)] * BATCH, outside=0.1 * MS))
+    return controller
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_prompts_that_are_read_together_are_not_each_ones_own_time(warmup: bool) -> None:
+    """Each of eight records holds the time in which all were read. Taken for its own, reading soon cost a hundred times as much."""
+    controller = ready()
+    plans = controller.plan_batch(contexts(lag=200))
+    assert all(plan.num_draft for plan in plans)
+    reading = BATCH * 200 * 10e-6
+    observe(controller, finished(plans, reading=reading, outside=0.1 * MS, warmup=warmup))
+    assert 9e-6 < controller._costs.catch_up("draft", 1) < 21e-6
+    for _ in range(20):
+        plans = controller.plan_batch(contexts(lag=200))
+        observe(controller, finished(plans, reading=reading, outside=0.1 * MS))
+    assert controller._costs.catch_up("draft", 1) == pytest.approx(10e-6, rel=0.1)
+
+
+def test_a_capture_in_a_first_round_says_nothing_about_reading() -> None:
+    controller = ready()
+    before = controller._costs.catch_up("draft", 1)
+    plans = controller.plan_batch(contexts(lag=200))
+    observe(controller, [replace(r, round_seconds=10 * MS) for r in finished(plans, reading=0.5, warmup=True)])
+    assert controller._costs.catch_up("draft", 1) == before
+
+
+def test_time_outside_forward_and_draft_is_priced() -> None:
+    """Planning, judging and committing for eight sequences once cost nothing in the plan, and a third of a round in truth."""
+    controller = ready()
+    for _ in range(12):
+        plans = controller.plan_batch(contexts())
+        observe(controller, finished(plans, outside=2 * MS))
+    (seconds,) = {plan.expected_seconds for plan in controller.plan_batch(contexts()) if plan.num_draft}
+    drafted = max(plan.num_draft for plan in plans)
+    rows = BATCH + sum(plan.num_draft for plan in plans)
+    assert seconds == pytest.approx(table().t_verify(rows, 0) + 0.5 * MS * drafted + 2 * MS, rel=0.05)
+
+
+def test_a_round_may_be_planned_before_the_last_one_is_told() -> None:
+    """The bank counts what both were granted, and each round is told apart from the other."""
+    prompt, late = ready(), ready()
+    for controller in (prompt, late):
+        controller._bank.slack = 0.1
+    first = late.plan_batch(contexts(lag=200))
+    granted = late._bank.granted
+    second = late.plan_batch(contexts())
+    assert late._bank.granted > granted > 0.0
+    observe(late, finished(first, reading=BATCH * 200 * 10e-6))
+    third = late.plan_batch(contexts())
+    assert late._bank.granted >= sum(late._joint._stakes) > 0.0
+    observe(late, finished(second))
+    observe(late, finished(third))
+    assert not late._joint._stakes
+    observe(prompt, finished(prompt.plan_batch(contexts(lag=200)), reading=BATCH * 200 * 10e-6))
+    assert late._costs.catch_up("draft", 1) == pytest.approx(prompt._costs.catch_up("draft", 1), rel=0.05)
