@@ -32,6 +32,9 @@ _SPARED = Plan(None, 0, "plain: others of the batch draft what is likelier")
 _DEAREST = 2.0
 """Plain forwards that a forward may take at most. Beyond, where rows cost in proportion, more of them gain hardly more than they
 waste where estimates are too high, and leave the last rounds less full."""
+_MORE, _MOST = 2, 160
+"""Tokens beyond its share that a sequence may draft where others leave rows to it (random numbers are made for all of them), and the
+most drafted tokens of a round that is priced."""
 _UNDER_WAY = 2
 """Rounds that may be planned and not yet settled."""
 _PROBED = 2
@@ -174,7 +177,7 @@ class JointPlanner:
     def _allocate(self, shares: Sequence[Share]) -> Allocation:
         costs, rows = self._costs, shares[0].context.batch_size
         length = max(share.context.context_length for share in shares)
-        forwards = costs.learnt(rows, sum(len(share.rates) for share in shares), length)
+        forwards = costs.learnt(rows, min(sum(len(share.rates) for share in shares), _MOST), length)
         most = max(bisect_right(forwards, _DEAREST * forwards[0]) - 1, _PROBED * len(shares))
         outside = self._outside_of(rows)
         return allocate(shares, forwards, costs.overlap.serial, outside.per_token, outside.fixed, most)
@@ -231,7 +234,7 @@ class JointPlanner:
             self._running[context.request_id] = joint.join(share, stops=stops)
             lag = together[drafter] if share.outlook.together else share.outlook.catch_up
             self._lags.setdefault(context.request_id, deque(maxlen=_UNDER_WAY)).append(round(lag))
-            wanted = len(share.rates) if stops and share.num_draft > 1 else share.num_draft
+            wanted = min(len(share.rates), share.num_draft + _MORE) if stops and share.num_draft > 1 else share.num_draft
             plans.append(Plan(drafter, wanted, self._why_draft(share, probe), share.emitted, seconds, probe))
         return plans
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heapreplace
 from math import prod
 
 from paceline.control.base import RoundContext
@@ -54,7 +55,7 @@ class Allocation:
     seconds: list[float]
     """Of the whole round."""
     emitted: list[float]
-    """Tokens that drafts are expected to add to one for each sequence, by their weights."""
+    """Tokens that drafts are expected to add to one for each sequence."""
 
     def best(self, batch: int) -> int:
         """Drafted tokens in all (1 at least) of the round with the most tokens a second."""
@@ -100,28 +101,28 @@ def allocate(
     once: float = 0.0,
     most: int | None = None,
 ) -> Allocation:
-    """Price all rounds that take the likeliest tokens, by their weights.
+    """Price all rounds that take the likeliest tokens. Weights decide who gets a place, no more: a round's gain is in tokens.
 
     forwards: seconds of a forward with 0, 1, 2, ... drafted rows, at least one for each rate and one more; serial: 1 where drafts
     of a batch are made one after another, 0 where they share their steps; each, once: seconds of a drafted token, and of a round
     with any, outside forward and draft; most: drafted tokens in all.
     """
-    candidates = []
-    for i, share in enumerate(shares):
-        chance = 1.0
-        for depth, rate in enumerate(share.rates, 1):
-            chance *= rate
-            if chance < _LEAST_CHANCE and depth > 1:
-                break
-            candidates.append((-share.weight * chance, depth, i))
-    candidates.sort()
-    if most is not None:
-        del candidates[most:]
+    if most is None:
+        most = sum(len(share.rates) for share in shares)
+    # Of each share the next token alone is in the heap: few of all tokens are ever looked at.
+    heap = [(-share.weight * share.rates[0], i, 1, share.rates[0]) for i, share in enumerate(shares)]
+    heapify(heap)
     deepest: dict[str, int] = {}
     found = Allocation(shares, forwards, [], [forwards[0]], [0.0])
     host, emitted = once, 0.0
-    for taken, (negative, depth, i) in enumerate(candidates, 1):
+    while heap and len(found.order) < most:
+        _, i, depth, chance = heap[0]
         share = shares[i]
+        following = chance * share.rates[depth] if depth < len(share.rates) else 0.0
+        if following >= _LEAST_CHANCE:
+            heapreplace(heap, (-share.weight * following, i, depth + 1, following))
+        else:
+            heappop(heap)
         drafter = share.outlook.drafter
         host += each + serial * share.per_token
         if depth == 1:
@@ -129,9 +130,11 @@ def allocate(
         if depth > (deep := deepest.get(drafter, 0)):
             host += (1.0 - serial) * (share.per_token * (depth - deep) + (share.fixed if deep == 0 else 0.0))
             deepest[drafter] = depth
-        emitted -= negative
+        emitted += chance
         found.order.append(i)
-        found.seconds.append(max(forwards[taken], forwards[0]) + host)  # near equals are noisy: a row is never a gain of time
+        found.seconds.append(
+            max(forwards[len(found.order)], forwards[0]) + host
+        )  # near equals are noisy: a row is never a gain of time
         found.emitted.append(emitted)
     return found
 
