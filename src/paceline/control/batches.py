@@ -33,8 +33,8 @@ _DEAREST = 2.0
 """Plain forwards that a forward may take at most. Beyond, where rows cost in proportion, more of them gain hardly more than they
 waste where estimates are too high, and leave the last rounds less full."""
 _MORE, _MOST = 2, 160
-"""Tokens beyond its share that a sequence may draft where others leave rows to it (random numbers are made for all of them), and the
-most drafted tokens of a round that is priced."""
+"""Tokens beyond its share that a sequence may draft where others leave rows to it (random numbers are made for all of them), and
+the most drafted tokens of a round that is priced."""
 _UNDER_WAY = 2
 """Rounds that may be planned and not yet settled."""
 _PROBED = 2

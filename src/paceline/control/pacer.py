@@ -358,7 +358,8 @@ class Pacer(Controller):
         worst = max(self._costs.measured(rows, 0, record.context_length)[0], record.expected_seconds)
         worst += record.batch_size * self._costs.rest.worst(record.num_drafted)
         if record.drafter is not None:
-            worst += record.batch_size * self._costs.worst_drafting(record.drafter, record.num_drafted)
+            drafts = record.batch_size * self._costs.overlap.share(record.batch_size)  # one where they share their steps
+            worst += drafts * self._costs.worst_drafting(record.drafter, record.num_drafted)
         return max(1.0 + 2.0 * self._costs.deviation, _SUSPECT) * worst if worst > 0.0 else inf
 
     def _why_plain(self, offer: Offer, plain: float) -> str:

@@ -119,3 +119,15 @@ def test_a_round_may_be_planned_before_the_last_one_is_told() -> None:
     assert not late._joint._stakes
     observe(prompt, finished(prompt.plan_batch(contexts(lag=200)), reading=BATCH * 200 * 10e-6))
     assert late._costs.catch_up("draft", 1) == pytest.approx(prompt._costs.catch_up("draft", 1), rel=0.05)
+
+
+def test_an_interruption_of_drafts_that_share_their_steps_is_not_charged_as_if_each_had_its_own() -> None:
+    """A pause of 120 ms once emptied the bank for hundreds of rounds: eight drafts of their own might have taken half of it."""
+    controller = ready()
+    for _ in range(40):
+        observe(controller, finished(controller.plan_batch(contexts())))
+    before = controller._bank.slack
+    plans = controller.plan_batch(contexts())
+    refused = {"num_accepted": 0, "num_emitted": 1, "batch_emitted": BATCH}
+    observe(controller, [replace(r, round_seconds=r.round_seconds + 0.12, **refused) for r in finished(plans)])
+    assert before - controller._bank.slack < 25 * MS
