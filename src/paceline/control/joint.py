@@ -55,7 +55,8 @@ class Allocation:
     seconds: list[float]
     """Of the whole round."""
     emitted: list[float]
-    """Tokens that drafts are expected to add to one for each sequence."""
+    """Tokens that drafts are expected to add to one for each sequence. Of sequences that would not end last they count for less: a
+    batch is hardly done earlier for them."""
 
     def best(self, batch: int) -> int:
         """Drafted tokens in all (1 at least) of the round with the most tokens a second."""
@@ -101,7 +102,7 @@ def allocate(
     once: float = 0.0,
     most: int | None = None,
 ) -> Allocation:
-    """Price all rounds that take the likeliest tokens. Weights decide who gets a place, no more: a round's gain is in tokens.
+    """Price all rounds that take the likeliest tokens. Weights decide who gets a place, and never make a gain larger.
 
     forwards: seconds of a forward with 0, 1, 2, ... drafted rows, at least one for each rate and one more; serial: 1 where drafts
     of a batch are made one after another, 0 where they share their steps; each, once: seconds of a drafted token, and of a round
@@ -130,7 +131,7 @@ def allocate(
         if depth > (deep := deepest.get(drafter, 0)):
             host += (1.0 - serial) * (share.per_token * (depth - deep) + (share.fixed if deep == 0 else 0.0))
             deepest[drafter] = depth
-        emitted += chance
+        emitted += chance * min(share.weight, 1.0)
         found.order.append(i)
         found.seconds.append(
             max(forwards[len(found.order)], forwards[0]) + host

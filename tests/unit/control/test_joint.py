@@ -114,7 +114,8 @@ def test_places_go_to_those_that_would_end_last() -> None:
     weigh(shares)
     found = allocate(shares, [10.0, 10.1, 10.2, 14.0, 15.0], 0.0, 0.0)
     assert sorted(found.order[:2]) == [0, 1]
-    assert found.emitted[-1] == pytest.approx(0.9 * 1.7 + 0.5 * 1.5)  # weights are not gains
+    assert shares[0].weight < 1.0 < shares[1].weight
+    assert found.emitted[-1] == pytest.approx(shares[0].weight * 0.9 * 1.7 + 0.5 * 1.5)  # a weight is no gain
 
 
 def draft(common: JointRound, request: int, given: int, *, ahead: bool = False) -> JointDraft:
