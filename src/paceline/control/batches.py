@@ -112,6 +112,7 @@ class JointPlanner:
     def settle(self, record: StepRecord) -> int:
         """A round ended in which the batch drafted. Returns the tokens that were caught up in this record's drafting time."""
         batch, drafter = record.batch_size, record.drafter
+        self._running.pop(record.request_id, None)  # drafting is over, also that of a next round which was planned already
         lags = self._lags.get(record.request_id)
         lag = lags.popleft() if lags and drafter is not None else 0
         self._settled += 1
@@ -120,6 +121,8 @@ class JointPlanner:
             if self._stakes:
                 self._stakes.popleft()
             outside = record.round_seconds - record.verify_seconds - record.batch_draft_seconds
+            if record.batch_draft_seconds == 0.0:  # not told: drafting would count twice
+                return lag
             if not record.warmup:
                 self._outside_of(batch).learn(record.batch_rows - batch, outside)
             elif drafter is not None and outside > 0.0:  # a first round, without a capture: no other one reads prompts
@@ -179,8 +182,9 @@ class JointPlanner:
         length = max(share.context.context_length for share in shares)
         forwards = costs.learnt(rows, min(sum(len(share.rates) for share in shares), _MOST), length)
         most = max(bisect_right(forwards, _DEAREST * forwards[0]) - 1, _PROBED * len(shares))
-        outside = self._outside_of(rows)
-        return allocate(shares, forwards, costs.overlap.serial, outside.per_token, outside.fixed, most)
+        outside = self._outside.get(batch_bucket(rows))
+        each, once = (outside.per_token, outside.fixed) if outside is not None else (costs.rest.per_token, 0.0)
+        return allocate(shares, forwards, costs.overlap.serial, each, once, most)
 
     def _may_probe(self, found: Allocation, plain: float, lane: Lane, now: int) -> bool:
         share, batch = found.shares[0], found.shares[0].context.batch_size

@@ -9,7 +9,7 @@ import pytest
 from paceline.control.base import RoundContext
 from paceline.control.pacer import Pacer, PacerOptions
 from paceline.costs import CostTable, DraftCost
-from paceline.records import Outlook, Plan, StepRecord
+from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
 
 MS = 1e-3
 BATCH = 8
@@ -100,6 +100,26 @@ def test_time_outside_forward_and_draft_is_priced() -> None:
     drafted = max(plan.num_draft for plan in plans)
     rows = BATCH + sum(plan.num_draft for plan in plans)
     assert seconds == pytest.approx(table().t_verify(rows, 0) + 0.5 * MS * drafted + 2 * MS, rel=0.05)
+
+
+def test_who_is_left_alone_is_not_stopped_by_the_rule_of_its_last_batch() -> None:
+    controller = ready()
+    plans = controller.plan_batch(contexts())
+    assert controller._joint.keep_drafting(0, DraftFeatures(1, 0.9, 0.9, 0.3, 0.5)) is not None
+    observe(controller, finished(plans, outside=0.1 * MS))
+    assert controller._joint.keep_drafting(0, DraftFeatures(1, 0.9, 0.9, 0.3, 0.5)) is None
+
+
+def test_drafting_is_not_priced_twice_where_a_record_does_not_tell_it_apart() -> None:
+    controller = ready()
+    for _ in range(12):
+        plans = controller.plan_batch(contexts())
+        observe(controller, [replace(r, batch_draft_seconds=0.0) for r in finished(plans, outside=0.1 * MS)])
+    plans = controller.plan_batch(contexts())
+    (seconds,) = {plan.expected_seconds for plan in plans if plan.num_draft}
+    drafted = max(plan.num_draft for plan in plans)
+    rows = BATCH + sum(plan.num_draft for plan in plans)
+    assert seconds <= 1.1 * (table().t_verify(rows, 0) + 0.5 * MS * drafted)
 
 
 def test_a_round_may_be_planned_before_the_last_one_is_told() -> None:
