@@ -207,15 +207,14 @@ class Engine:
             verdict = request.verify(step.draft, output, first)
             outcomes.append((verdict, request.commit(step, verdict, self.runner, output, first)))
             first += step.rows
-        for request in requests:
-            if request.finish_reason is not None or not self.runner.works_apart:
-                request.assemble_text()
-
         ended = perf_counter()
+        for request in requests:
+            if request.finish_reason is not None:  # else it waits until somebody asks, or the device works by itself
+                request.assemble_text()
         batch = (len(requests), rows, sum(kept for _, kept in outcomes))
         warmup = self._warmup_seconds() - prepared  # done once: plain decoding has its own
         for request, step, (verdict, kept) in zip(requests, steps, outcomes, strict=True):
-            request.ended = ended
+            request.ended = perf_counter()
             record = partial(request.record, step, verdict, kept, verify_seconds, ended - started - warmup, batch, warmup > 0.0)
             self._finished.append((request, record))
 
@@ -232,7 +231,7 @@ class Engine:
         if taps:
             return self.runner.forward_tapped(segments, taps), waited
         result = self.runner.begin_forward(segments)
-        waited += _settle(steps)
+        waited += _settle(steps) if self.runner.takes_late else 0.0
         if self.runner.works_apart:
             for request in requests:
                 request.assemble_text()

@@ -1,5 +1,5 @@
-"""What passes between the parts: plain records, frozen but for a round in the making. Imports nothing of ours, and no torch at
-run time.
+"""What passes between the parts: plain records, not to be written into but for a round in the making. Imports nothing of ours,
+and no torch at run time.
 
 Vocabulary: *drafted* tokens are proposed by a draft; *accepted* ones were kept by verification; the target adds one more
 token a round, *recovered* (it replaces a rejected one) or *bonus* (everything was accepted); *emitted* = accepted + 1.
@@ -8,13 +8,27 @@ token a round, *recovered* (it replaces a rejected one) or *bonus* (everything w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
+_Record = TypeVar("_Record")
 
+
+def light(record: type[_Record]) -> type[_Record]:
+    """Make a frozen dataclass quick to construct: it stays frozen for type checkers, and must not be written into.
+
+    A frozen one sets each field through a function, which takes four times as long; several are made in every round.
+    """
+    known = [(f.name, f.type, field(default=f.default, default_factory=f.default_factory)) for f in fields(record)]  # type: ignore[arg-type]
+    record.__init__ = make_dataclass(record.__name__, known).__init__  # type: ignore[method-assign,misc]
+    del record.__setattr__, record.__delattr__
+    return record
+
+
+@light
 @dataclass(frozen=True, slots=True)
 class Outlook:
     """What a drafter could do in the coming round, known before anything is drafted.
@@ -51,6 +65,7 @@ class DraftFeatures:
     """Largest minus second-largest probability."""
 
 
+@light
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A controller's decision for one sequence and one round."""
@@ -100,6 +115,7 @@ UNKNOWN = -1
 """Stands for a late token."""
 
 
+@light
 @dataclass(frozen=True, slots=True)
 class Draft:
     """A proposal: a chain, or a tree with parents before children."""
@@ -155,6 +171,7 @@ class Draft:
         return found[::-1]
 
 
+@light
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """Outcome of verification of one draft."""
@@ -180,6 +197,7 @@ class Verdict:
         return (0, *(node + 1 for node in self.path))
 
 
+@light
 @dataclass(frozen=True, slots=True)
 class StepRecord:
     """One finished round of one sequence. Times are seconds of wall clock.

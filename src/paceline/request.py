@@ -89,6 +89,7 @@ class Request:
         )
         self._law = DrawLaw(draw_temperature(params), params.top_k, params.top_p, params.min_p, self._vocab_size or 1 << 30)
         greedily = params.greedy and (rule == AUTO or create(rule).lossless) and not params.shapes_logits and not params.min_tokens
+        self._padded: bool | None = None
         self._is_told = (greedily or self._draws_rows) and params.logprobs is None
         """Whether the runner's own choice of a token is the rule's."""
         self.sessions: dict[str, DraftSession] = {d.name: d.open(view) for d in drafters}
@@ -167,7 +168,9 @@ class Request:
         chosen = self._chosen(draft, output, first, end)
         if chosen is not None and (told := follow(draft, chosen)) is not None:
             return told
-        logits, best, drawn = output.logits[first:end], output.best, output.drawn
+        best, drawn = output.best, output.drawn
+        whole = best is not None and len(best) == end - first  # slicing takes torch long where its code is in no cache
+        logits = output.logits if whole else output.logits[first:end]
         mass = output.mass if self._draws_rows else None
         rows = SampledRows(
             logits,
@@ -189,8 +192,8 @@ class Request:
         return verdict
 
     def _chosen(self, draft: Draft, output: ForwardOutput, first: int, end: int) -> Sequence[int] | None:
-        """The target's token at each row, where the runner named it and no distribution is asked for: the usual case on a GPU, in
-        which sixteen sequences would wait for one another's rules."""
+        """The target's token at each row, where the runner named it and no distribution is asked for: the usual case. On a GPU
+        sixteen sequences would wait for one another's rules."""
         if not self._is_told:
             return None
         if self._draws_rows:
@@ -202,7 +205,9 @@ class Request:
 
     def _is_padded(self, output: ForwardOutput) -> bool:
         """Whether rows have places beyond the vocabulary."""
-        return self._vocab_size is not None and self._vocab_size < output.logits.shape[1]
+        if self._padded is None:  # the same in all rounds, and torch takes long to tell
+            self._padded = self._vocab_size is not None and self._vocab_size < output.logits.shape[1]
+        return self._padded
 
     def follow(self, hidden: torch.Tensor) -> None:
         """Hand the target's states of tokens that entered its cache to the drafters that want them. hidden: [rows, taps, H]."""

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
+from paceline.records import DraftFeatures, Outlook, Plan, StepRecord, light
 
 
+@light
 @dataclass(frozen=True, slots=True)
 class RoundContext:
     """What is known before a round of one sequence."""

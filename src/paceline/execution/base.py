@@ -15,7 +15,7 @@ import torch
 
 from paceline.errors import OptionError
 from paceline.execution.draws import DrawLaw, Draws
-from paceline.records import DecodedToken, LateToken
+from paceline.records import DecodedToken, LateToken, light
 
 MATRICES = ("qkv", "o", "gate_up", "down")
 """The matrices of a layer, where one speaks of them by number."""
@@ -30,6 +30,7 @@ class SequenceHandle(Protocol):
         ...
 
 
+@light
 @dataclass(frozen=True, slots=True)
 class Segment:
     """New tokens of one sequence.
@@ -50,6 +51,7 @@ class Segment:
     nothing, its row means nothing."""
 
 
+@light
 @dataclass(frozen=True, slots=True)
 class ForwardOutput:
     """Rows of all segments, one after another, in the order asked for.

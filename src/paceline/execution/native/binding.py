@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 
 FP32, BF16, Q8, Q4 = range(4)
@@ -49,10 +50,14 @@ class Segment(Structure):
     )
 
 
+SEGMENT = struct.Struct("@2Q6i")
+"""A `Segment`, for writing one into an array in one step."""
+
+
 class Batch(Structure):
     _fields_ = (
         *((name, c_int32) for name in ("rows", "segments", "logit_rows", "run_layers")),
-        *((name, c_void_p) for name in ("tokens", "positions", "ancestors")),
+        *((name, c_void_p) for name in ("tokens", "parents")),
         ("segment", POINTER(Segment)),
         *((name, c_void_p) for name in ("logit_row", "logits", "hidden", "best", "skip", "mass", "tap_layer", "taps")),
         *((name, c_int32) for name in ("mass_stride", "num_taps")),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from paceline import compiled
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 _HEADERS = ("attention", "draw", "grades", "heads", "layer", "linear", "model", "pool", "share", "tiles", "vec")
 KERNELS = compiled.Sources(
     name="kernels",

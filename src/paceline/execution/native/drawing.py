@@ -30,7 +30,7 @@ class Drawer:
         self, logits: torch.Tensor, best: Sequence[int], segments: Sequence[Segment], counts: Sequence[int]
     ) -> tuple[DrawnTokens | None, Callable[[int, Collection[int]], float | None] | None]:
         """`drawn` and `mass` of a forward's output. Arguments as those of `DrawnRows`."""
-        if all(segment.draws is None for segment in segments):
+        if not any(segment.draws for segment in segments):
             return None, None
         rows = DrawnRows(self, logits, best, segments, counts)
         return DrawnTokens(rows, range(len(logits))), rows.mass

@@ -37,7 +37,7 @@ static int shares_chunks(const Engine *e) {
 
 static AttentionSpec attention_spec(const Engine *e, int l) {
   const Model *m = &e->model;
-  return (AttentionSpec){m->dim, m->layer[l].window, m->kv_f32, e->tiled, m->attention_scale, e->batch->ancestors, e->batch->positions};
+  return (AttentionSpec){m->dim, m->layer[l].window, m->kv_f32, e->tiled, m->attention_scale, e->ancestors, e->positions};
 }
 
 static Queries queries_of(const Engine *e, const Part *p, int kv_head, int block) {

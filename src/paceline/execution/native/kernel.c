@@ -9,7 +9,7 @@
 #include "heads.h"
 #include "layer.h"
 
-#define ABI_VERSION 8
+#define ABI_VERSION 9
 
 static void embed(Worker *w) {
   Engine *e = w->engine;
@@ -22,7 +22,7 @@ static void embed(Worker *w) {
     for (int i = 0; i < m->hidden; i++) x[i] *= m->embed_scale;
     for (int table = 0; table < m->tables; table++)
       for (int i = 0; i < half; i++) {
-        float angle = (float)e->batch->positions[row] * m->inv_freq[table][i];
+        float angle = (float)e->positions[row] * m->inv_freq[table][i];
         size_t at = ((size_t)table * m->max_rows + row) * half + i;
         e->rope_cos[at] = cosf(angle) * m->rope_scale[table];
         e->rope_sin[at] = sinf(angle) * m->rope_scale[table];
@@ -115,7 +115,7 @@ static void logits(Worker *w) {
   Acts *acts = alone ? &w->own : &e->acts;
   share(w, b->logit_rows, 1, &from, &to);
   for (int i = alone ? 0 : from; i < (alone ? b->logit_rows : to); i++) {
-    rms_norm(e->x + (size_t)b->logit_row[i] * m->hidden, m->final_norm, m->hidden, m->eps, w->scratch);
+    rms_norm(e->x + (size_t)(b->logit_row ? b->logit_row[i] : i) * m->hidden, m->final_norm, m->hidden, m->eps, w->scratch);
     if (b->hidden && i >= from && i < to) memcpy(b->hidden + (size_t)i * m->hidden, w->scratch, (size_t)m->hidden * 4);
     put_acts(acts, m->act_kind, m->hidden, i, 0, w->scratch, m->hidden);
   }
@@ -215,6 +215,8 @@ Engine *paceline_open(const Model *model, int threads, int max_slots) {
   if (m->hidden > qkv) qkv = m->hidden;
   size_t rows = (size_t)m->max_rows, tables = rows * m->tables * (m->dim / 2);
   size_t chunks = (size_t)(max_slots + MAX_TREE) / CHUNK + 2;
+  e->positions = (int32_t *)floats(rows);
+  e->ancestors = (uint64_t *)floats(2 * rows);
   e->x = floats(rows * m->hidden);
   e->qkv = floats(rows * qkv);
   e->attn = floats(rows * m->heads * m->dim);
@@ -239,8 +241,24 @@ Engine *paceline_open(const Model *model, int threads, int max_slots) {
   return e;
 }
 
+/* Where the rows of the batch stand: behind their parents. */
+static void place_rows(Engine *e) {
+  const Batch *b = e->batch;
+  for (int i = 0; i < b->segments; i++) {
+    const Segment *s = b->segment + i;
+    int32_t *position = e->positions + s->first_row;
+    uint64_t *ancestors = e->ancestors + s->first_row;
+    for (int row = 0; row < s->num_rows; row++) {
+      int parent = s->is_tree ? b->parents[s->first_row + row] : row - 1;
+      position[row] = parent < 0 ? s->base + s->shift : position[parent] + 1;
+      if (s->is_tree) ancestors[row] = (parent < 0 ? 0 : ancestors[parent]) | (uint64_t)1 << row;
+    }
+  }
+}
+
 void paceline_forward(Engine *e, Batch *batch) {
   e->batch = batch;
+  place_rows(e);
   balance(e);
   e->bound = e->bounds + (batch->rows > ALONE ? e->pool.threads + 1 : 0);
   announce(&e->pool, &e->pool.job);
@@ -257,17 +275,21 @@ double paceline_mass(const float *logits, const Law *law, const Drawn *drawn, co
   return mass_of(logits, law, drawn, tokens, count);
 }
 
+/* Move one slot of a region. size: bytes of a number. */
+INLINE void move_in_region(uint8_t *keys, uint8_t *values, int dim, int from, int to, const int f32, const size_t size) {
+  for (int i = 0; i < dim; i++) {
+    memcpy(keys + key_at(dim, to, i, f32) * size, keys + key_at(dim, from, i, f32) * size, size);
+    memcpy(values + value_at(dim, to, i, f32) * size, values + value_at(dim, from, i, f32) * size, size);
+  }
+}
+
 /* Move slot `from` to slot `to` in every region (to compact the accepted path of a tree). */
 void paceline_move_slot(const Engine *e, Segment *s, int from, int to) {
   const Model *m = &e->model;
-  size_t size = m->kv_f32 ? 4 : 2;
   for (size_t region = 0; region < (size_t)m->layers * m->kv_heads; region++) {
     size_t at = region * (size_t)s->capacity * m->dim;
-    for (int i = 0; i < m->dim; i++) {
-      memcpy(s->keys + (at + key_at(m->dim, to, i, m->kv_f32)) * size, s->keys + (at + key_at(m->dim, from, i, m->kv_f32)) * size, size);
-      memcpy(s->values + (at + value_at(m->dim, to, i, m->kv_f32)) * size,
-             s->values + (at + value_at(m->dim, from, i, m->kv_f32)) * size, size);
-    }
+    if (m->kv_f32) move_in_region(s->keys + 4 * at, s->values + 4 * at, m->dim, from, to, 1, 4);
+    else move_in_region(s->keys + 2 * at, s->values + 2 * at, m->dim, from, to, 0, 2);
   }
 }
 
@@ -283,7 +305,7 @@ void paceline_close(Engine *e) {
   }
   close_acts(&e->acts);
   close_acts(&e->inner);
-  void *owned[] = {e->x, e->qkv, e->attn, e->rope_cos, e->rope_sin, e->partials, e->bounds, e->thread, e->worker};
+  void *owned[] = {e->positions, e->ancestors, e->x, e->qkv, e->attn, e->rope_cos, e->rope_sin, e->partials, e->bounds, e->thread, e->worker};
   for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
   free(e);
 }

@@ -28,10 +28,10 @@ typedef struct {
 
 typedef struct {
   int32_t rows, segments, logit_rows, run_layers; /* run_layers: leave after this many layers (early exit) */
-  const int32_t *tokens, *positions;
-  const uint64_t *ancestors;
+  const int32_t *tokens;
+  const int32_t *parents; /* of the rows of trees, counted within their segment; -1: none */
   Segment *segment;
-  const int32_t *logit_row; /* [logit_rows] */
+  const int32_t *logit_row; /* [logit_rows]; NULL: the first ones */
   float *logits;            /* [logit_rows][vocab] */
   float *hidden;            /* [logit_rows][hidden] after the final norm, or NULL */
   int32_t *best;            /* [logit_rows] most probable token, the lowest of equals; -1 where a logit is not finite */
@@ -68,6 +68,8 @@ struct Engine {
   float *bounds; /* those of passes over few rows, then those of passes over many: cores may differ otherwise in each */
   pthread_t *thread;
   Worker *worker;
+  int32_t *positions;  /* [rows] of the batch */
+  uint64_t *ancestors; /* [rows] in trees: bit i = row i of the segment is an ancestor or itself */
   float *x, *qkv, *attn, *rope_cos, *rope_sin; /* [rows][...] work space */
   float *partials;                             /* of attention whose chunks are shared out: [unit][QUERIES][partial_size] */
   Acts acts, inner;                            /* normed x; what o and down multiply */

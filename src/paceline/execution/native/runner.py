@@ -170,23 +170,20 @@ class NativeRunner(Runner):
         return errors
 
     def _make_buffers(self) -> None:
-        self._tokens = np.zeros(MAX_ROWS, np.int32)
-        self._positions = np.zeros(MAX_ROWS, np.int32)
-        self._ancestors = np.zeros(MAX_ROWS, np.uint64)
-        self._wanted = np.zeros(MAX_ROWS, np.int32)
+        # Plain arrays of ctypes: after a forward caches are cold, and numpy and torch take long for a few numbers.
+        self._tokens, self._parents, self._wanted = ((ctypes.c_int32 * MAX_ROWS)() for _ in range(3))
         self._logits = torch.empty(0, self.spec.vocab)
         self._hidden = torch.empty(0, self.spec.hidden)
-        self._best = np.zeros(0, np.int32)
-        self._best_at = 0
+        self._room = 0
+        self._reserve(1, False)
         self._segments = (binding.Segment * MAX_ROWS)()
         self._drawer = Drawer(self._library, self.spec.vocab)
         self._batch = binding.Batch(
-            tokens=self._tokens.ctypes.data,
-            positions=self._positions.ctypes.data,
-            ancestors=self._ancestors.ctypes.data,
+            tokens=ctypes.addressof(self._tokens),
+            parents=ctypes.addressof(self._parents),
             segment=self._segments,
-            logit_row=self._wanted.ctypes.data,
         )
+        self._batch_at = ctypes.byref(self._batch)
 
     # ---------- sequences ----------
 
@@ -268,8 +265,8 @@ class NativeRunner(Runner):
         base = held.length
         for to, row in enumerate(rows):
             if row != to:
-                segment = self._describe(held, 0, 1, False)
-                self._library.paceline_move_slot(self._engine, ctypes.byref(segment), base + row, base + to)
+                self._describe(0, held, base, 0, 1, False)
+                self._library.paceline_move_slot(self._engine, self._segments, base + row, base + to)
         held.length = base + len(rows)
 
     def truncate(self, sequence: SequenceHandle, length: int) -> None:
@@ -340,20 +337,26 @@ class NativeRunner(Runner):
         if rows:
             self._run(rows, count, asked, done, want_hidden)
         hidden = self._hidden[:total] if want_hidden else None
-        logits, best = self._logits[:total], self._best[:total].tolist()
-        return ForwardOutput(logits, hidden, best, *self._drawer.rows(logits, best, segments, wanted))
+        logits, best = self._rows[total], self._best[:total]
+        drawn, mass = self._drawer.rows(logits, best, segments, wanted)
+        return ForwardOutput(logits, hidden, best, drawn, mass)
 
     def _reserve(self, rows: int, want_hidden: bool) -> None:
-        if rows > self._logits.shape[0]:
+        if rows > self._room:
+            self._room = rows
             self._logits = torch.empty(rows, self.spec.vocab)
-            self._best = np.zeros(rows, np.int32)
-            self._best_at = self._best.ctypes.data
+            self._rows = [self._logits[:count] for count in range(rows + 1)]
+            self._logits_at = self._logits.data_ptr()
+            self._best = (ctypes.c_int32 * rows)()
+            self._best_at = ctypes.addressof(self._best)
         if want_hidden and rows > self._hidden.shape[0]:
             self._hidden = torch.empty(rows, self.spec.hidden)
 
-    def _describe(self, held: NativeSequence, first_row: int, rows: int, is_tree: bool, offset: int = 0) -> binding.Segment:
-        base = held.length + offset
-        return binding.Segment(held.keys_at, held.values_at, held.capacity, base, first_row, rows, int(is_tree), held.shift)
+    def _describe(self, index: int, held: NativeSequence, base: int, first_row: int, rows: int, is_tree: bool) -> None:
+        """Write a `binding.Segment` of the call."""
+        place = index * binding.SEGMENT.size
+        at = held.keys_at, held.values_at
+        binding.SEGMENT.pack_into(self._segments, place, *at, held.capacity, base, first_row, rows, is_tree, held.shift)
 
     def _put(self, segment: Segment, start: int, piece: int, row: int, index: int, first_asked: int, asked: int) -> int:
         """Write tokens start..start + piece of a segment into the call's buffers; returns the new count of asked rows."""
@@ -362,31 +365,26 @@ class NativeRunner(Runner):
         if base + piece > self.info.max_context + MAX_TREE:
             raise ResourceError(f"context: {base + piece} tokens exceed max_context = {self.info.max_context}")
         self._grow(held, base + piece)
-        self._tokens[row : row + piece] = segment.tokens[start : start + piece]
-        at = base + held.shift
-        if segment.parents is None:
-            self._positions[row : row + piece] = range(at, at + piece)
-        else:
-            bits: list[int] = []
-            depth: list[int] = []
-            for i, parent in enumerate(segment.parents):
-                bits.append(1 << i | (bits[parent] if parent >= 0 else 0))
-                depth.append(depth[parent] + 1 if parent >= 0 else 0)
-            self._ancestors[row : row + piece] = bits
-            self._positions[row : row + piece] = [at + d for d in depth]
-        self._segments[index] = self._describe(held, row, piece, segment.parents is not None, start)
+        self._tokens[row : row + piece] = list(segment.tokens[start : start + piece])
+        if segment.parents is not None:
+            self._parents[row : row + piece] = list(segment.parents)
+        self._describe(index, held, base, row, piece, segment.parents is not None)
         new = max(0, start + piece - first_asked)
-        self._wanted[asked : asked + new] = range(row + piece - new, row + piece)
+        if new != piece or asked != row:  # else simply the first rows, as far as it goes
+            if asked == row:
+                self._wanted[:asked] = list(range(asked))
+            self._wanted[asked : asked + new] = list(range(row + piece - new, row + piece))
         return asked + new
 
     def _run(self, rows: int, count: int, asked: int, done: int, want_hidden: bool) -> int:
         batch = self._batch
         batch.rows, batch.segments, batch.logit_rows = rows, count, asked
+        batch.logit_row = None if asked == rows else ctypes.addressof(self._wanted)
         if asked:
-            batch.logits = self._logits.data_ptr() + done * self.spec.vocab * 4
+            batch.logits = self._logits_at + done * self.spec.vocab * 4
             batch.best = self._best_at + done * 4
             batch.hidden = self._hidden.data_ptr() + done * self.spec.hidden * 4 if want_hidden else None
-        self._library.paceline_forward(self._engine, ctypes.byref(batch))
+        self._library.paceline_forward(self._engine, self._batch_at)
         if batch.num_taps:
             batch.taps += rows * batch.num_taps * self.spec.hidden * 4
         return asked
