@@ -179,7 +179,7 @@ class Request:
             self.num_prompt,
             draft,
             end_ids=self._stop_ids,
-            vocab_size=self._vocab_size,
+            vocab_size=self._vocab_size if self._is_padded(output) else None,
             argmaxes=None if best is None or self._is_padded(output) else best[first:end],
             drawn=drawn[first:end] if drawn is not None and self._draws_rows else None,
             mass=None if mass is None else lambda row, tokens: mass(first + row, tokens),

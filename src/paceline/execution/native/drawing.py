@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import overload
 
 import numpy as np
-import torch
 
 from paceline.execution.base import Segment
 from paceline.execution.draws import DrawLaw
@@ -20,31 +19,31 @@ class Drawer:
 
     def __init__(self, library: ctypes.CDLL, vocab: int) -> None:
         """library: with types as `binding.declare` sets them. vocab: places of a row."""
-        self._library, self._vocab = library, vocab
+        self._library, self.vocab = library, vocab
         self._room = np.empty(library.paceline_draw_bytes(vocab), np.uint8)
         self._room_at = self._room.ctypes.data
         self.forwards = 0
         """Counts the forwards that wrote into the rows, so that nobody draws from what is no longer there."""
 
     def rows(
-        self, logits: torch.Tensor, best: Sequence[int], segments: Sequence[Segment], counts: Sequence[int]
+        self, logits_at: int, best: Sequence[int], segments: Sequence[Segment], counts: Sequence[int]
     ) -> tuple[DrawnTokens | None, Callable[[int, Collection[int]], float | None] | None]:
         """`drawn` and `mass` of a forward's output. Arguments as those of `DrawnRows`."""
         if not any(segment.draws for segment in segments):
             return None, None
-        rows = DrawnRows(self, logits, best, segments, counts)
-        return DrawnTokens(rows, range(len(logits))), rows.mass
+        rows = DrawnRows(self, logits_at, best, segments, counts)
+        return DrawnTokens(rows, range(len(best))), rows.mass
 
     def draw(self, row_at: int, law: DrawLaw, number: int) -> tuple[int, Drawn]:
         """A token, -1 where the largest logit is not finite; and what `mass` wants to know. row_at: address of [V] float32."""
         drawn = Drawn()
-        law_at = ctypes.addressof(_entry(law, self._vocab))
+        law_at = ctypes.addressof(_entry(law, self.vocab))
         return self._library.paceline_draw(row_at, law_at, number, self._room_at, ctypes.addressof(drawn)), drawn
 
     def mass(self, row_at: int, law: DrawLaw, drawn: Drawn, tokens: Collection[int]) -> float:
         """The probability of these tokens together, all different, under the law that the row was drawn from."""
         table = (ctypes.c_int32 * len(tokens))(*tokens)
-        law_at, at = ctypes.addressof(_entry(law, self._vocab)), ctypes.addressof(drawn)
+        law_at, at = ctypes.addressof(_entry(law, self.vocab)), ctypes.addressof(drawn)
         found: float = self._library.paceline_mass(row_at, law_at, at, ctypes.addressof(table), len(tokens))
         return found
 
@@ -67,15 +66,17 @@ class DrawnRows:
     def __init__(
         self,
         drawer: Drawer,
-        logits: torch.Tensor,
+        logits_at: int,
         best: Sequence[int],
         segments: Sequence[Segment],
         counts: Sequence[int],
     ) -> None:
-        """logits: [R, V]. best: [R], for rows whose segments do not ask for draws. counts: rows of each segment among R."""
-        self._drawer, self._forward = drawer, drawer.forwards
-        self._logits, self._best = logits, best
-        self._at, self._step = logits.data_ptr(), logits.stride(0) * logits.element_size()
+        """logits_at: address of [R, V] float32, kept by the runner. best: [R], for rows whose segments do not ask for draws.
+
+        counts: rows of each segment among R.
+        """
+        self._drawer, self._forward, self._best = drawer, drawer.forwards, best
+        self._at, self._step = logits_at, 4 * drawer.vocab
         self._asked: list[tuple[DrawLaw, int] | None] = []
         for segment, count in zip(segments, counts, strict=True):
             if segment.draws is None:

@@ -338,7 +338,7 @@ class NativeRunner(Runner):
             self._run(rows, count, asked, done, want_hidden)
         hidden = self._hidden[:total] if want_hidden else None
         logits, best = self._rows[total], self._best[:total]
-        drawn, mass = self._drawer.rows(logits, best, segments, wanted)
+        drawn, mass = self._drawer.rows(self._logits_at, best, segments, wanted)
         return ForwardOutput(logits, hidden, best, drawn, mass)
 
     def _reserve(self, rows: int, want_hidden: bool) -> None:
