@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from paceline.errors import CacheError, OptionError
+from paceline.execution.native.arena import zeros
 from paceline.models.base import Tokenizer, first_line
 from paceline.models.cachedir import atomic_write
 
@@ -31,6 +32,7 @@ MOST_ORDERS = 8
 _FORMAT = 1
 _UNREADABLE = (ValueError, KeyError, EOFError, TypeError, AttributeError, BadZipFile)
 """What numpy raises over a file that is no archive of such arrays."""
+_ALIGN = 64
 _FACTOR, _MIX, _WORD = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, (1 << 64) - 1
 
 
@@ -122,7 +124,8 @@ def from_contexts(
 
 @cache
 def load_table(path: Path) -> NgramTable:
-    """Read a table; the same file is read once. Raises OptionError when there is none, CacheError when it is damaged."""
+    """Read a table; the same file is read once. Raises OptionError when there is none, CacheError when it is damaged,
+    ResourceError when memory runs out."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as parts:
             if int(parts["format"]) != _FORMAT:
@@ -142,7 +145,20 @@ def load_table(path: Path) -> NgramTable:
     except _UNREADABLE as error:  # whose words are not passed on: numpy advises to unpickle
         raise CacheError(f"n-gram table {path}: damaged or of another version; make it again") from error
     _check_shapes(table, path)
-    return table
+    return _on_large_pages(table)
+
+
+def _on_large_pages(table: NgramTable) -> NgramTable:
+    """The same arrays side by side: a look-up jumps about in them, and each page walk would take as long as what it reads."""
+    parts = {name: getattr(table, name) for name in ("starts", "checks", "tokens", "chances")}
+    room = zeros((sum(part.nbytes + _ALIGN for part in parts.values()),), np.uint8)
+    at = 0
+    for name, part in parts.items():
+        place = room[at : at + part.nbytes].view(part.dtype).reshape(part.shape)
+        place[...] = part
+        parts[name] = place
+        at += -(-part.nbytes // _ALIGN) * _ALIGN
+    return replace(table, **parts)
 
 
 def _check_shapes(table: NgramTable, path: Path) -> None:

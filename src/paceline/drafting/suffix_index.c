@@ -380,7 +380,8 @@ int paceline_suffix_search(const Index *index, const Index *text, const Query *q
 // The tree of what followed the end of `text`, there and in `past`, and of what the table says, by votes.
 void paceline_suffix_vote(const Index *text, const Index *past, const Query *query, int max_tokens, Found *found) {
     Place places[MOST_PLACES];
-    Walk walk = {.query = query, .found = found, .text = text};
+    Walk walk;  // most of it is never used, and to clear it takes long
+    walk.query = query, walk.found = found, walk.text = text, walk.places = 0;
     int32_t tail = text->length < query->max_match ? (int32_t)text->length : query->max_match, longest = 0;
     found->count = 0;
     found->score = 0.0;
