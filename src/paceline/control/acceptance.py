@@ -13,9 +13,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from ctypes import Array, Structure, c_double
 from functools import cache
 from typing import Any
 
+from paceline.control.shared import doubles, wholes
 from paceline.records import StepRecord
 
 POSITIONS = 16
@@ -30,8 +32,8 @@ _PRIOR = tuple((first, *(first if bucket == 0 else 0.5 + 0.4 * first,) * (POSITI
 _TEMPERATURE = re.compile(r"@\d\.\d$")
 _COOLING = 0.8
 """By how much, in log-odds, a temperature of 1 lowers the chance that a draw is the token that stood behind a match."""
-_SURPRISE, _ALARM = 8.0, 5.0
-_HALF_LIFE = 512.0
+SURPRISE, ALARM = 8.0, 5.0
+HALF_LIFE = 512.0
 """Tokens after which a request's evidence counts half, whether or not new evidence came."""
 
 
@@ -51,18 +53,23 @@ def observed_labels(record: StepRecord) -> tuple[float, ...]:
     return () if record.truncated else record.labels
 
 
-class PositionTable:
+class PositionTable(Structure):
     """Discounted counts for each position, `a_j = s_j / n_j`; positions 1, 2, ... are kept from index 0."""
 
-    __slots__ = ("_discount", "hits", "means", "seen", "totals")
+    _fields_ = (
+        *((name, c_double * POSITIONS) for name in ("hits", "totals", "means")),
+        *doubles("_discount"),
+        *wholes("seen"),
+    )
+    hits: Array[c_double]
+    totals: Array[c_double]
+    means: Array[c_double]
+    _discount: float
+    seen: int
+    """Number of positions that were ever observed."""
 
     def __init__(self, discount: float, prior: Sequence[float], weight: float) -> None:
-        self._discount = discount
-        self.hits = [rate * weight for rate in prior]
-        self.totals = [weight] * POSITIONS
-        self.means = list(prior)
-        self.seen = 0
-        """Number of positions that were ever observed."""
+        super().__init__(tuple(rate * weight for rate in prior), (weight,) * POSITIONS, tuple(prior), discount)
 
     def update(self, labels: Sequence[float]) -> None:
         """Count the labels of positions 1, 2, ... of one round."""
@@ -93,33 +100,43 @@ class PositionTable:
         self.seen = seen
 
 
+def add_up(values: Sequence[float]) -> float:
+    """Their sum, one after another: `sum` rounds otherwise in newer versions of Python, and C must come to the same bits."""
+    added = 0.0
+    for value in values:
+        added += value
+    return added
+
+
 def with_odds(rates: Sequence[float], odds: float) -> list[float]:
     """The rates with their odds multiplied."""
     return [odds * rate / (1.0 + (odds - 1.0) * rate) for rate in rates]
 
 
-class Shift:
+class Shift(Structure):
     """By how much something does better or worse than predicted, as a factor on the odds.
 
     discount: fading for each label; weight: labels that the prediction counts for.
     """
 
-    __slots__ = ("_discount", "_expected", "_hits", "_last", "_weight", "odds", "total")
+    _fields_ = (*doubles("_discount", "_weight", "odds", "total", "_hits", "_expected"), *wholes("_last"))
+    odds: float
+    total: float
+    """Labels, discounted."""
+    _discount: float
+    _weight: float
+    _hits: float
+    _expected: float
+    _last: int
 
     def __init__(self, discount: float, weight: float) -> None:
-        self._discount = discount
-        self._weight = weight
-        self._hits = self._expected = 0.0
-        self._last = 0
-        self.total = 0.0
-        """Labels, discounted."""
-        self.odds = 1.0
+        super().__init__(discount, weight, 1.0)
 
     def update(self, count: int, hits: float, expected: float, now: int = 0) -> None:
         """Count labels by their number, sum and predicted sum; now: emitted tokens, for ageing."""
         keep = self._discount**count
         if now != self._last:
-            keep *= 0.5 ** ((now - self._last) / _HALF_LIFE)
+            keep *= 0.5 ** ((now - self._last) / HALF_LIFE)
             self._last = now
         self._hits = keep * self._hits + hits
         self._expected = keep * self._expected + expected
@@ -133,14 +150,46 @@ class Shift:
         return with_odds(rates, self.odds)
 
 
+class _Run(Structure):
+    """Labels since the odds may have been multiplied by `factor`."""
+
+    _fields_ = (*doubles("_factor", "_log_factor", "_score", "hits", "expected"), *wholes("count"))
+    hits: float
+    expected: float
+    count: int
+    _factor: float
+    _log_factor: float
+    _score: float
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(factor, math.log(factor))
+
+    def speaks_for_change(self, count: int, hits: float, expected: float, believed: float) -> bool:
+        """Count labels; believed: their chance without the change. True when the run is e^5 times likelier with it."""
+        self._score += hits * self._log_factor - count * math.log(1.0 + (self._factor - 1.0) * believed)
+        if self._score <= 0.0:
+            self.restart()
+            return False
+        self.hits += hits
+        self.expected += expected
+        self.count += count
+        return self._score > ALARM
+
+    def restart(self) -> None:
+        """Begin with no labels."""
+        self._score = self.hits = self.expected = 0.0
+        self.count = 0
+
+
 class WatchedShift(Shift):
     """A shift that forgets what was before when labels run against all expectation: Page's test in both directions."""
 
-    __slots__ = ("_runs",)
+    _fields_ = (("_runs", _Run * 2),)
+    _runs: Array[_Run]
 
     def __init__(self, discount: float, weight: float) -> None:
         super().__init__(discount, weight)
-        self._runs = (_Run(1.0 / _SURPRISE), _Run(_SURPRISE))
+        self._runs[0], self._runs[1] = _Run(1.0 / SURPRISE), _Run(SURPRISE)
 
     def update(self, count: int, hits: float, expected: float, now: int = 0) -> None:
         """As `Shift.update`."""
@@ -149,36 +198,14 @@ class WatchedShift(Shift):
         for run in self._runs:
             if run.speaks_for_change(count, hits, expected, believed):
                 self._hits, self._expected, self.total = run.hits - hits, run.expected - expected, run.count - count
-                self._runs = (_Run(1.0 / _SURPRISE), _Run(_SURPRISE))
+                for each in self._runs:
+                    each.restart()
                 break
         super().update(count, hits, expected, now)
 
 
-class _Run:
-    """Labels since the odds may have been multiplied by `factor`."""
-
-    __slots__ = ("_factor", "_log_factor", "_score", "count", "expected", "hits")
-
-    def __init__(self, factor: float) -> None:
-        self._factor, self._log_factor = factor, math.log(factor)
-        self._score = self.hits = self.expected = 0.0
-        self.count = 0
-
-    def speaks_for_change(self, count: int, hits: float, expected: float, believed: float) -> bool:
-        """Count labels; believed: their chance without the change. True when the run is e^5 times likelier with it."""
-        self._score += hits * self._log_factor - count * math.log(1.0 + (self._factor - 1.0) * believed)
-        if self._score <= 0.0:
-            self._score = self.hits = self.expected = 0.0
-            self.count = 0
-            return False
-        self.hits += hits
-        self.expected += expected
-        self.count += count
-        return self._score > _ALARM
-
-
 @cache
-def _prior(bucket: int, tag: str) -> tuple[float, ...]:
+def prior_rates(bucket: int, tag: str) -> tuple[float, ...]:
     """The prior at a temperature. A draft without signals draws as the target does, or knows its own chance."""
     prior = _PRIOR[bucket]
     if bucket == 0 or not tag:
@@ -201,8 +228,10 @@ class AcceptanceModel:
         self._request_discount = request_discount
         self._weight = weight
         self._pools: dict[tuple[str, str, int], PositionTable] = {}
+        self.version = 0
+        """Changes with every pool that is new."""
         self._levels: dict[str, Shift] = {}
-        self._requests: dict[int, dict[str, Shift]] = {}
+        self._requests: dict[int, dict[str, WatchedShift]] = {}
 
     def rates(self, request_id: int, task: str, drafter: str, bucket: int, count: int) -> list[float]:
         """Estimated chances a_1 .. a_count that a position is accepted, given that those before it were."""
@@ -233,28 +262,41 @@ class AcceptanceModel:
         for bucket, labels in rounds:
             if not labels:
                 continue
-            pool = self._pools.get((task, drafter, bucket))
+            pool = self.pool(task, drafter, bucket)
             if pool is None:
-                pool = self._pools[(task, drafter, bucket)] = self._new_pool(task, drafter, bucket)
-            known, prior = len(labels), _prior(bucket, tag)
+                pool = self._keep(task, drafter, bucket, self._new_pool(task, drafter, bucket))
+            known, prior = len(labels), prior_rates(bucket, tag)
             count += known
-            hits += sum(labels)
-            expected += sum(pool.rates(known))
-            expected_before += sum(prior[:known]) + prior[-1] * max(0, known - POSITIONS)
+            hits += add_up(labels)
+            expected += add_up(pool.rates(known))
+            expected_before += add_up(prior[:known]) + prior[-1] * max(0, known - POSITIONS)
             pool.update(labels)
         if not count:
             return
+        self.own(request_id, drafter).update(count, hits, expected, now)
+        self.level(drafter, task).update(count, hits, expected_before)
+
+    def pool(self, task: str, drafter: str, bucket: int) -> PositionTable | None:
+        """The pool of a bucket, once a round of it was counted."""
+        return self._pools.get((task, drafter, bucket))
+
+    def own(self, request_id: int, drafter: str) -> WatchedShift:
+        """A request's own odds against its pools: 1 before anything is known."""
         shifts = self._requests.get(request_id)
         if shifts is None:
             shifts = self._requests[request_id] = {}
         own = shifts.get(drafter)
         if own is None:
             own = shifts[drafter] = WatchedShift(self._request_discount, self._weight)
-        own.update(count, hits, expected, now)
-        level = self._levels.get(drafter + tag)
+        return own
+
+    def level(self, drafter: str, task: str) -> Shift:
+        """A drafter's odds against the prior, at the task's temperature: 1 before anything is known."""
+        key = drafter + temperature_tag(task)
+        level = self._levels.get(key)
         if level is None:
-            level = self._levels[drafter + tag] = Shift(self._pool_discount, self._weight)
-        level.update(count, hits, expected_before)
+            level = self._levels[key] = Shift(self._pool_discount, self._weight)
+        return level
 
     def forget(self, request_id: int) -> None:
         """The request ended; what it taught stays in the pools."""
@@ -282,9 +324,14 @@ class AcceptanceModel:
                 raise ValueError(f"acceptance counts: bucket {bucket} is not in [0, {NUM_BUCKETS})")
             pool = self._new_pool(task, drafter, bucket)
             pool.restore(data["hits"], data["totals"], data["seen"], most)
-            self._pools[(task, drafter, bucket)] = pool
+            self._keep(task, drafter, bucket, pool)
+
+    def _keep(self, task: str, drafter: str, bucket: int, pool: PositionTable) -> PositionTable:
+        self.version += 1
+        self._pools[(task, drafter, bucket)] = pool
+        return pool
 
     def _new_pool(self, task: str, drafter: str, bucket: int) -> PositionTable:
         tag = temperature_tag(task)
-        prior, level = _prior(bucket, tag), self._levels.get(drafter + tag)
+        prior, level = prior_rates(bucket, tag), self._levels.get(drafter + tag)
         return PositionTable(self._pool_discount, level.apply(list(prior)) if level is not None else prior, 3.0)

@@ -6,7 +6,11 @@ plain decoding has speed 1. Their one weak point is a stale price of the plain s
 
 from __future__ import annotations
 
-_RENEWAL = 3
+from ctypes import Structure
+
+from paceline.control.shared import doubles, wholes
+
+RENEWAL = 3
 """Plain steps that move the median which their price is."""
 
 
@@ -15,27 +19,25 @@ def better(current: float, other: float, current_deviation: float, other_deviati
     return other > current + max(0.05 * current, 0.5 * (current_deviation + other_deviation))
 
 
-class Estimate:
+class Estimate(Structure):
     """Running speed of a mode with its mean deviation. A first value replaces; later ones are averaged in."""
 
-    __slots__ = ("_fresh", "deviation", "value")
-
-    def __init__(self) -> None:
-        self.value = 0.0
-        self.deviation = 0.0
-        self._fresh = True
+    _fields_ = (*doubles("value", "deviation"), *wholes("_known"))
+    value: float
+    deviation: float
+    _known: int
 
     def update(self, value: float) -> None:
         """Take in the speed of one window."""
-        if self._fresh:
-            self.value, self._fresh = value, False
+        if not self._known:
+            self.value, self._known = value, 1
             return
         error = value - self.value
         self.value += 0.3 * error
         self.deviation = 0.7 * self.deviation + 0.3 * abs(error)
 
 
-class Arbiter:
+class Arbiter(Structure):
     """Watches windows of speculative rounds and forbids speculation for a while where they deliver less than plain decoding.
 
     Plain rounds do not count: their speed is 1 but for the error of the plain price, which is no fault of speculation. A window is
@@ -45,16 +47,27 @@ class Arbiter:
     speculation is allowed again; refresh: tokens without a plain round after which one is asked for.
     """
 
+    _fields_ = (
+        *wholes("_window", "_dwell", "_retry", "_refresh"),
+        ("_estimate", Estimate),
+        *doubles("_rounds", "_worth", "_seconds", "_since_plain", "_plain_left", "_banned_for"),
+        *wholes("_against"),
+    )
+    _window: int
+    _dwell: int
+    _retry: int
+    _refresh: int
+    _estimate: Estimate
+    _rounds: float
+    _worth: float
+    _seconds: float
+    _since_plain: float
+    _plain_left: float
+    _banned_for: float
+    _against: int
+
     def __init__(self, window: int = 32, dwell: int = 2, retry: int = 256, refresh: int = 512) -> None:
-        self._window, self._dwell, self._retry, self._refresh = window, dwell, retry, refresh
-        self._estimate = Estimate()
-        self._rounds = 0.0
-        self._worth = 0.0
-        self._seconds = 0.0
-        self._against = 0
-        self._since_plain = 0.0
-        self._plain_left = 0.0
-        self._banned_for = 0.0
+        super().__init__(window, dwell, retry, refresh)
 
     @property
     def forbids(self) -> bool:
@@ -68,7 +81,7 @@ class Arbiter:
 
     def renew(self) -> None:
         """Ask for the price of a plain step: the machine is not what it was."""
-        self._plain_left = _RENEWAL
+        self._plain_left = RENEWAL
 
     def observe(self, plain_seconds: float, num_emitted: float, seconds: float, speculative: bool, weight: float = 1.0) -> None:
         """Count a finished round. plain_seconds: price of a plain step now; weight: share of a round that a record stands for."""

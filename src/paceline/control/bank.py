@@ -7,19 +7,22 @@ request does not bring a new start. A drafter with a cache of its own brings one
 
 from __future__ import annotations
 
+from ctypes import Structure
 from math import inf
 
-_FORGIVE_EVERY = 32.0
+from paceline.control.shared import doubles, wholes
+
+FORGIVE_EVERY = 32.0
 HICCUP = 3.0
 """A round that takes this many times what was expected was interrupted by the machine."""
-_LONGEST_LOOK = 0.25
+LONGEST_LOOK = 0.25
 """Plain steps; beyond, it was an interruption of the machine."""
-_SAVED, _MOST_SAVED = 0.5, 4.0
+SAVED, MOST_SAVED = 0.5, 4.0
 """Plain steps that an empty bank must hold again before drafts are looked for (looking takes more than it earns meanwhile), and the
 most that it saves for a draft that it had to refuse."""
 
 
-class TimeBank:
+class TimeBank(Structure):
     """Seconds that speculation may still lose.
 
     eps: share of plain time that may be lost in the long run; start: what may be lost at once, in plain steps; cap: most that
@@ -27,19 +30,26 @@ class TimeBank:
     the start: only an interruption of the machine can make one, and it must not forbid speculation for good.
     """
 
-    __slots__ = ("_cap", "_eps", "_forgiven", "_opened_at", "_since", "_start", "granted", "is_open", "saving_for", "slack")
+    _fields_ = (
+        *doubles("_eps", "_start", "_cap", "_since", "_forgiven", "_opened_at", "slack", "granted", "saving_for"),
+        *wholes("is_open"),
+    )
+    slack: float
+    """(1 + eps) * plain time + start - time so far, but at most the cap; seconds."""
+    granted: float
+    """Losses allowed to plans of the running round, seconds."""
+    saving_for: float
+    """Seconds to hold before drafts are looked for again; 0: it was neither empty nor too poor for a draft."""
+    is_open: int
+    _eps: float
+    _start: float
+    _cap: float
+    _since: float
+    _forgiven: float
+    _opened_at: float
 
     def __init__(self, eps: float = 0.01, start: float = 3.0, cap: float = 200.0) -> None:
-        self._eps, self._start, self._cap = eps, start, cap
-        self._since, self._forgiven = _FORGIVE_EVERY, 0.0
-        self._opened_at = 0.0
-        self.is_open = False
-        self.slack = 0.0
-        """(1 + eps) * plain time + start - time so far, but at most the cap; seconds."""
-        self.granted = 0.0
-        """Losses allowed to plans of the running round, seconds."""
-        self.saving_for = 0.0
-        """Seconds to hold before drafts are looked for again; 0: it was neither empty nor too poor for a draft."""
+        super().__init__(eps, start, cap, FORGIVE_EVERY)
 
     @property
     def is_short(self) -> bool:
@@ -53,7 +63,7 @@ class TimeBank:
 
     def open(self, plain_seconds: float) -> None:
         """Set the start from the time of a plain step."""
-        self.is_open = True
+        self.is_open = 1
         self._opened_at = plain_seconds
         self.slack = self._start * plain_seconds
 
@@ -76,7 +86,7 @@ class TimeBank:
 
     def save_for(self, goal: float, plain_seconds: float) -> None:
         """Look for no drafts until this many seconds are held, unless that would take too long."""
-        if goal <= min(_MOST_SAVED, self._cap) * plain_seconds:
+        if goal <= min(MOST_SAVED, self._cap) * plain_seconds:
             self.saving_for = goal
 
     def settle_plain(self, plain_seconds: float, num_emitted: float = 1.0, looking: float = 0.0, rounds: float = 1.0) -> None:
@@ -84,7 +94,7 @@ class TimeBank:
 
         looking: seconds spent on deciding against a draft. They are speculation's own loss: who finds the bank empty stops looking.
         """
-        looking = min(looking, _LONGEST_LOOK * plain_seconds * rounds)
+        looking = min(looking, LONGEST_LOOK * plain_seconds * rounds)
         self._settle(self._eps * plain_seconds * num_emitted - looking, plain_seconds)
 
     def settle(self, plain_seconds: float, num_emitted: float, seconds: float, ceiling: float = inf, weight: float = 1.0) -> None:
@@ -94,7 +104,7 @@ class TimeBank:
         been too; such an excess is not charged, once in 32 rounds. weight: share of a round that a record of a batch stands for.
         """
         self._since += weight
-        if seconds > ceiling and self._since >= _FORGIVE_EVERY:
+        if seconds > ceiling and self._since >= FORGIVE_EVERY:
             seconds = ceiling
             self._forgiven += weight
             if self._forgiven > 0.999:
@@ -105,6 +115,6 @@ class TimeBank:
         self.granted = 0.0
         self.slack = max(min(self.slack + gain, self._cap * plain_seconds), -self._start * plain_seconds)
         if self.slack <= 0.0:
-            self.saving_for = max(self.saving_for, min(_SAVED, self._cap) * plain_seconds)
+            self.saving_for = max(self.saving_for, min(SAVED, self._cap) * plain_seconds)
         elif self.slack >= self.saving_for:
             self.saving_for = 0.0

@@ -3,35 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from ctypes import Array, Structure, c_int64
+from dataclasses import dataclass
 
 from paceline.control.arbiter import Arbiter
 from paceline.control.bank import TimeBank
+from paceline.control.shared import wholes
 from paceline.records import Outlook, Plan, StepRecord
 
 NOTHING = Plan(None, 0, "plain: nothing to draft")
+FORBIDDEN = Plan(None, 0, "plain: speculation delivered less lately")
+RESTING = Plan(None, 0, "plain: drafting did not pay a moment ago")
+NOT_WORTH = "plain: drafting would not pay"
 SAVING = Plan(None, 0, "plain: bank, earlier losses come first")
 _READING = 24.0
 """Plain steps that reading its first prompt may cost a drafter (of a batch, each prompt); a longer one must be earned first."""
 
 DUE_CATCH_UP, _STAY = 8, 16
-CLEARLY_NOT, REST = 0.97, 8
+CLEARLY_NOT, REST, REST_SIGNALS = 0.97, 8, 18
 """Speed under which an offer is clearly not worth it, and tokens for which it is then not priced again."""
+SUSPECT = 1.5
+"""A round that took this many times what was expected may have been interrupted by the machine."""
+LEAST_ROW = 0.002
+"""Least that one more row of a forward costs, in plain steps."""
+TRIAL = 4
+"""Tokens after which a plain step must be priced; until then rounds are charged by what was measured at another time."""
 DOUBLE_PROOF = 0.1
 """What drafting must promise above the margin while its purse is empty."""
 
 
-@dataclass(slots=True)
+class Clock(Structure):
+    """What counts the pacer's time."""
+
+    _fields_ = wholes("tokens", "drafted_rounds")
+    tokens: int
+    """Emitted so far."""
+    drafted_rounds: int
+    """Speculative rounds of single sequences that could teach costs."""
+
+
+class Rests(Structure):
+    """Token counts until which a drafter's offers are not priced again, by signal (the strongest ones share the last place)."""
+
+    _fields_ = (("_until", c_int64 * REST_SIGNALS),)
+    _until: Array[c_int64]
+
+    def until(self, signal: int) -> int:
+        """Emitted tokens from which on offers of this signal are priced."""
+        return self._until[_place(signal)]
+
+    def rest(self, signal: int, until: int) -> None:
+        """Do not price them before."""
+        self._until[_place(signal)] = until
+
+
+def _place(signal: int) -> int:
+    return min(max(signal, 0), REST_SIGNALS - 1)
+
+
+class LaneState(Structure):
+    """The numbers of a lane."""
+
+    _fields_ = (("arbiter", Arbiter), ("purse", TimeBank))
+    arbiter: Arbiter
+    purse: TimeBank
+
+
 class Lane:
     """What requests of one task share at one batch size."""
 
-    arbiter: Arbiter = field(default_factory=Arbiter)
-    rests: dict[tuple[str, int], int] = field(default_factory=dict)
-    """Token count until which a drafter's offers at a level of evidence are not priced again."""
-    rest_until: int = 0
-    """Token count until which no round of a batch is priced, for nothing paid clearly enough."""
-    purse: TimeBank = field(default_factory=lambda: TimeBank(eps=0.002, start=2.0, cap=50.0))
-    """A second, smaller bank: while it is empty nothing is probed, and a promise must be clear to be believed."""
+    __slots__ = ("_rests", "arbiter", "purse", "rest_until", "state")
+
+    def __init__(self) -> None:
+        self.state = LaneState(Arbiter(), TimeBank(eps=0.002, start=2.0, cap=50.0))
+        self.arbiter = self.state.arbiter
+        self.purse = self.state.purse
+        """A second, smaller bank: while it is empty nothing is probed, and a promise must be clear to be believed."""
+        self._rests: dict[str, Rests] = {}
+        self.rest_until = 0
+        """Token count until which no round of a batch is priced, for nothing paid clearly enough."""
+
+    def rests(self, drafter: str) -> Rests:
+        """Of a drafter's offers to single sequences."""
+        rests = self._rests.get(drafter)
+        if rests is None:
+            rests = self._rests[drafter] = Rests()
+        return rests
 
 
 @dataclass(slots=True)
@@ -53,10 +110,14 @@ class Offer:
 class RunningDraft:
     """A request's speculative round, from its plan to its record."""
 
-    offer: Offer
-    price: float
-    """Tokens a second that the stop rule asks for; 0: draft all that was planned."""
+    drafter: str
     task: str
+    catch_up: int = 0
+    """Tokens that the draft's cache lacked."""
+    price: float = 0.0
+    """Tokens a second that the stop rule asks for; 0: draft all that was planned, whatever the offer was."""
+    rates: Sequence[float] = ()
+    seconds: Sequence[float] = ()
     survival: float = 1.0
 
 
@@ -81,11 +142,6 @@ class Lesson:
     """Tokens that the draft's cache had to catch up; None for plain rounds."""
     times_draft: bool = True
     """Its draft was as long as drafting took: the shared steps of a batch are those of the longest draft."""
-
-    @property
-    def is_pressing(self) -> bool:
-        """It should not wait for others."""
-        return self.lag is None or self.record.probe or self.record.batch_size > 1
 
 
 def is_speculative(record: StepRecord) -> bool:

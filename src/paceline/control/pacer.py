@@ -9,22 +9,31 @@ Prices are expected tokens over expected seconds for every length, from learnt c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import CDLL
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
-from paceline.control.acceptance import signal_bucket
+from paceline.control.acceptance import add_up, signal_bucket
 from paceline.control.bank import TimeBank
 from paceline.control.base import Controller, RoundContext
 from paceline.control.batches import JointPlanner
+from paceline.control.core import Core, load_library
 from paceline.control.learning import Learning
 from paceline.control.offers import (
     CLEARLY_NOT,
     DOUBLE_PROOF,
     DUE_CATCH_UP,
+    FORBIDDEN,
+    LEAST_ROW,
+    NOT_WORTH,
     NOTHING,
     REST,
+    RESTING,
     SAVING,
+    SUSPECT,
+    TRIAL,
+    Clock,
     Lane,
     Lesson,
     Offer,
@@ -42,16 +51,8 @@ from paceline.costs import CostTable
 from paceline.errors import OptionError
 from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
 
-_FORBIDDEN = Plan(None, 0, "plain: speculation delivered less lately")
-_RESTING = Plan(None, 0, "plain: drafting did not pay a moment ago")
-_SUSPECT = 1.5
-"""A round that took this many times what was expected may have been interrupted by the machine."""
-_LEAST_ROW = 0.002
-"""Least that one more row of a forward costs, in plain steps."""
 _TOGETHER = 4
 """Finished rounds that are taken in at once: what runs after a forward finds cold caches, so several cost little more than one."""
-_TRIAL = 4
-"""Tokens after which a plain step must be priced; until then rounds are charged by what was measured at another time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,29 +92,33 @@ class Pacer(Controller):
         self._quality = DraftQuality()
         self._bank = TimeBank(options.eps, options.start, options.cap)
         self._probes = ProbeSchedule()
-        self._learning = Learning(self._costs, self._quality, self._bank, self._probes)
+        self._clock = Clock()
+        self._learning = Learning(self._costs, self._quality, self._bank, self._probes, self._clock)
         self._read: set[str] = set()
         """Drafters that were lent the time to read a prompt."""
         self._joint = JointPlanner(self._costs, self._quality, self._bank, self._probes, self._read, options.margin)
         self._lanes: dict[tuple[str, int], Lane] = {}
         self._running: dict[int, RunningDraft] = {}
-        self._tokens = 0
         self._finished: list[StepRecord] = []
         """Plain rounds that are yet to be settled."""
-        self._lessons: list[Lesson] = []
-        """Settled rounds that are yet to be learnt from."""
         self._renewing = False
         """The running round is to tell the price of a plain step."""
+        library = load_library()
+        self._core = None if isinstance(library, str) else self._compiled(library)
         if options.explain:
             self.explain()
+
+    def _compiled(self, library: CDLL) -> Core:
+        parts = (self._costs, self._quality, self._bank, self._probes, self._clock, self._lanes)
+        return Core(library, *parts, self.options.margin)
 
     def plan_unseen(self, task: str, batch_size: int) -> Plan | None:
         if self._bank.saving_for > 0.0:
             return SAVING
         lane = self._lanes.get(_lane_key(task, batch_size))
-        if lane is not None and batch_size > 1 and self._tokens < lane.rest_until:
-            return _RESTING
-        return _FORBIDDEN if lane is not None and lane.arbiter.forbids else None
+        if lane is not None and batch_size > 1 and self._clock.tokens < lane.rest_until:
+            return RESTING
+        return FORBIDDEN if lane is not None and lane.arbiter.forbids else None
 
     def plan_batch(self, contexts: Sequence[RoundContext]) -> list[Plan]:
         first = contexts[0]
@@ -125,11 +130,14 @@ class Pacer(Controller):
         lane = self._lane(first.task, first.batch_size, plain)
         if lane.arbiter.wants_plain or self._needs_plain(first.batch_size):
             return [self._renew(plain)] * len(contexts)
-        return self._joint.plan(contexts, plain, lane, self._tokens)
+        return self._joint.plan(contexts, plain, lane, self._clock.tokens)
 
     def plan(self, context: RoundContext) -> Plan:
         if context.batch_size > 1:
             return self.plan_batch([context])[0]
+        # What follows is the reference of what C does in a tenth of the time. It asks for it where a round is out of the ordinary.
+        if self._core is not None and (usual := self._core.plan(context, self._running)) is not None:
+            return usual
         able = [o for o in context.outlooks if o.available > 0] if context.max_draft > 0 else []
         if not able:
             return NOTHING
@@ -138,11 +146,11 @@ class Pacer(Controller):
         plain = self._costs.plain(context.context_length)
         lane = self._lane(context.task, 1, plain)
         if lane.arbiter.forbids:
-            return _FORBIDDEN
+            return FORBIDDEN
         # Deciding has a price, too: what clearly did not pay is left alone for some tokens.
-        able = [o for o in able if self._tokens >= lane.rests.get((o.drafter, o.signal), 0)]
+        able = [o for o in able if self._clock.tokens >= lane.rests(o.drafter).until(o.signal)]
         if not able:
-            return _RESTING
+            return RESTING
         if lane.arbiter.wants_plain or self._needs_plain(1):
             return self._renew(plain)
         now = plain * self._costs.change
@@ -159,7 +167,7 @@ class Pacer(Controller):
                 return self._grant(context, offer, plain, lane, min(offer.num_draft, 2), probe=True)
         for offer in (best, *others):
             if offer.merit < CLEARLY_NOT:
-                lane.rests[(offer.outlook.drafter, offer.outlook.signal)] = self._tokens + REST
+                lane.rests(offer.outlook.drafter).rest(offer.outlook.signal, self._clock.tokens + REST)
         if pays:
             return self._grant(context, best, plain, lane, best.num_draft, probe=False)
         return Plan(None, 0, self._why_plain(best, plain), 1.0, plain)
@@ -172,7 +180,7 @@ class Pacer(Controller):
 
     def _needs_plain(self, batch: int) -> bool:
         """Whether the price of a plain step, by which the bank charges rounds, must be seen: at once where the bank runs short."""
-        return (self._tokens >= _TRIAL or self._bank.is_short) and not self._costs.knows_plain(batch)
+        return (self._clock.tokens >= TRIAL or self._bank.is_short) and not self._costs.knows_plain(batch)
 
     def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
         if (joint := self._joint.keep_drafting(request_id, features)) is not None:
@@ -180,17 +188,15 @@ class Pacer(Controller):
         running = self._running.get(request_id)
         if running is None:
             return True
-        offer = running.offer
-        drafter = offer.outlook.drafter
-        confident = self._quality.states_confidence(drafter, running.task)
+        confident = self._quality.states_confidence(running.drafter, running.task)
         confident.asks = True
         if running.price == 0.0:
             return True
-        running.survival *= self._quality.chance(request_id, drafter, confident, features)
-        return worth_another(running.survival, features.position, offer.rates, offer.seconds, running.price)
+        running.survival *= self._quality.chance(request_id, running.drafter, confident, features)
+        return worth_another(running.survival, features.position, running.rates, running.seconds, running.price)
 
     def observe(self, record: StepRecord) -> None:
-        self._tokens += record.num_emitted
+        self._clock.tokens += record.num_emitted
         self._finished.append(record)
         due = record.batch_size if record.batch_size > 1 else _TOGETHER
         if self._bank.saving_for > 0.0:  # nothing is drafted before the bank has saved some rounds anyway
@@ -203,24 +209,24 @@ class Pacer(Controller):
     def _is_urgent(self, record: StepRecord) -> bool:
         """Whether a speculative round is charged at once. Else it waits: what was granted to it stays granted until then."""
         running = self._running.get(record.request_id)
-        if running is None or running.offer.outlook.catch_up > 0 or not self._bank.is_ample:
+        if running is None or running.catch_up > 0 or not self._bank.is_ample:
             return True
-        return record.probe or record.warmup or record.round_seconds > _SUSPECT * record.expected_seconds
+        return record.probe or record.warmup or record.round_seconds > SUSPECT * record.expected_seconds
 
     def _take_in(self) -> None:
-        """Settle all finished rounds, and learn from them when there is enough to learn."""
+        """Settle all finished rounds, and learn from them."""
         finished, self._finished, self._renewing = self._finished, [], False
+        if self._core is not None and self._core.take_in(finished, self._running):
+            return
         longest = max((record.num_drafted for record in finished), default=0)
-        for rounds in alike(finished):
-            if is_speculative(rounds[0]):
-                self._settle(rounds[0], longest)
-            else:
-                self._settle_plain(rounds)
-        if self._lessons and (self._lessons[-1].is_pressing or len(self._lessons) >= _TOGETHER):
-            self._learn()
+        lessons = [
+            self._settle(rounds[0], longest) if is_speculative(rounds[0]) else self._settle_plain(rounds)
+            for rounds in alike(finished)
+        ]
+        self._learning.take(lessons, self._joint.prober)
 
-    def _settle(self, record: StepRecord, longest: int) -> None:
-        """Charge a speculative round to the banks, and keep it as a lesson. longest: draft of the batch, in tokens."""
+    def _settle(self, record: StepRecord, longest: int) -> Lesson:
+        """Charge a speculative round to the banks, and make a lesson of it. longest: draft of the batch, in tokens."""
         batch = record.batch_size
         plain = self._costs.plain(record.context_length, batch)
         lane = self._lane(record.task, batch, plain)
@@ -228,43 +234,40 @@ class Pacer(Controller):
         seconds = record.round_seconds or record.verify_seconds + record.draft_seconds
         steps = record.num_emitted / batch
         running = self._running.pop(record.request_id, None)
-        lag = running.offer.outlook.catch_up if running is not None else self._joint.settle(record)
+        lag = running.catch_up if running is not None else self._joint.settle(record)
         ceiling = self._ceiling(record, rows)
         charged = min(seconds, ceiling) if record.warmup else seconds
         self._bank.settle(plain, steps, charged / batch, ceiling / batch, 1.0 / batch)
         lane.purse.settle(plain, steps, min(seconds, ceiling) / batch)
         times_draft = batch == 1 or record.num_drafted == longest
         verify, emitted = record.verify_seconds, record.num_emitted
-        self._lessons.append(Lesson(record, lane, plain, rows, seconds, verify, emitted, 1.0 / batch, lag, times_draft))
+        return Lesson(record, lane, plain, rows, seconds, verify, emitted, 1.0 / batch, lag, times_draft)
 
-    def _settle_plain(self, records: Sequence[StepRecord]) -> None:
+    def _settle_plain(self, records: Sequence[StepRecord]) -> Lesson:
         """As `_settle`, of plain rounds alike. Looking for drafts and deciding against them is speculation's own cost."""
         last = records[-1]
         batch, emitted, rounds = last.batch_size, sum(r.num_emitted for r in records), len(records) / last.batch_size
         plain = self._costs.plain(last.context_length, batch)
         lane = self._lane(last.task, batch, plain)
-        looking = sum(r.draft_seconds + r.control_seconds for r in records)
+        looking = add_up([r.draft_seconds + r.control_seconds for r in records])
         self._bank.settle_plain(plain, emitted / batch, looking, rounds)
         lane.purse.settle_plain(plain, emitted / batch)
-        verify = sum(r.verify_seconds for r in records) / len(records)
-        whole = sum(r.round_seconds or r.verify_seconds + r.draft_seconds for r in records) / len(records)
-        self._lessons.append(Lesson(last, lane, plain, batch, max(whole - looking / rounds, verify), verify, emitted, rounds))
-
-    def _learn(self) -> None:
-        """Learn from the rounds that were kept for it."""
-        lessons, self._lessons = self._lessons, []
-        self._learning.take(lessons, self._tokens, self._joint.prober)
+        verify = add_up([r.verify_seconds for r in records]) / len(records)
+        whole = add_up([r.round_seconds or r.verify_seconds + r.draft_seconds for r in records]) / len(records)
+        return Lesson(last, lane, plain, batch, max(whole - looking / rounds, verify), verify, emitted, rounds)
 
     def finish(self, request_id: int) -> None:
         self._take_in()
-        self._learn()
         self._quality.forget(request_id)
         self._running.pop(request_id, None)
         self._joint.forget(request_id)
+        if self._core is not None:
+            self._core.forget(request_id)
 
     def explain(self) -> None:
         self.options = replace(self.options, explain=True)
         self._joint.explains = True
+        self._core = None  # C gives no figures
 
     def calibration(self) -> list[dict[str, Any]]:
         """See `DraftQuality.calibration`."""
@@ -293,13 +296,13 @@ class Pacer(Controller):
         costs, drafter, bucket = self._costs, outlook.drafter, signal_bucket(outlook.signal)
         limit = min(context.max_draft, outlook.available)
         rates = self._quality.rates(context.request_id, context.task, drafter, bucket, limit)
-        curve = costs.learnt(1, limit, context.context_length)
+        curve = costs.forwards(limit, context.context_length)
         fixed, per_token = costs.drafting(drafter)
         once, each = fixed + costs.rest.fixed, per_token + costs.rest.per_token
         if outlook.catch_up:
             once += costs.catch_up(drafter, spread_lag(outlook.catch_up, context.remaining, DUE_CATCH_UP))
         # Prices of near equals are noisy; a round with a draft in it is never cheaper than one without.
-        seconds = round_seconds(curve, once, each, plain + fixed, per_token + _LEAST_ROW * plain)
+        seconds = round_seconds(curve, once, each, plain + fixed, per_token + LEAST_ROW * plain)
         num_draft, emitted = best_ratio(rates, seconds)
         merit = emitted * plain / seconds[num_draft]
         confident = self._quality.confidence(drafter, context.task)
@@ -314,7 +317,7 @@ class Pacer(Controller):
             return False
         drafter = offer.outlook.drafter
         doubt = self._quality.doubt(context.request_id, drafter, offer.rates[0], loss + self.options.margin)
-        return self._probes.due((context.task, drafter, offer.bucket), self._tokens, loss, doubt)
+        return self._probes.due((context.task, drafter, offer.bucket), self._clock.tokens, loss, doubt)
 
     def _grant(self, context: RoundContext, offer: Offer, plain: float, lane: Lane, wanted: int, *, probe: bool) -> Plan:
         """Let the bank shorten or refuse the draft, and write the plan."""
@@ -324,8 +327,8 @@ class Pacer(Controller):
         lend_reading(self._read, drafter, reading, plain, self._bank, lane.purse)
         num_draft = self._affordable(context, offer, plain, len(offer.rates) if stops else wanted)
         if num_draft == 0:
-            lane.rests[(drafter, offer.outlook.signal)] = self._tokens + REST
-            return Plan(None, 0, "plain: bank, earlier losses come first", 1.0, plain)
+            lane.rests(drafter).rest(offer.outlook.signal, self._clock.tokens + REST)
+            return Plan(None, 0, SAVING.reason, 1.0, plain)
         expected, emitted = min(num_draft, offer.num_draft), offer.emitted
         if expected < offer.num_draft:
             emitted = survival = 1.0
@@ -333,7 +336,8 @@ class Pacer(Controller):
                 survival *= rate
                 emitted += survival
         price = max(offer.merit, 1.0) / plain if stops else 0.0
-        self._running[context.request_id] = RunningDraft(offer, price, context.task)
+        lag = offer.outlook.catch_up
+        self._running[context.request_id] = RunningDraft(drafter, context.task, lag, price, offer.rates, offer.seconds)
         seconds = offer.seconds[expected]
         return Plan(drafter, num_draft, self._why_draft(num_draft, emitted, seconds / plain, probe), emitted, seconds, probe)
 
@@ -353,18 +357,19 @@ class Pacer(Controller):
 
     def _ceiling(self, record: StepRecord, rows: int) -> float:
         """Seconds beyond which a speculative round was interrupted rather than dear: the worst that its plan was granted."""
-        if record.round_seconds <= _SUSPECT * record.expected_seconds:
+        if record.round_seconds <= SUSPECT * record.expected_seconds:
             return inf  # the usual case, without a look at the worst one
         worst = max(self._costs.measured(rows, 0, record.context_length)[0], record.expected_seconds)
         worst += record.batch_size * self._costs.rest.worst(record.num_drafted)
         if record.drafter is not None:
-            drafts = record.batch_size * self._costs.overlap.share(record.batch_size)  # one where they share their steps
+            batch = record.batch_size  # of a batch one draft where they share their steps
+            drafts = batch * self._costs.overlap.share(batch) if batch > 1 else 1.0
             worst += drafts * self._costs.worst_drafting(record.drafter, record.num_drafted)
-        return max(1.0 + 2.0 * self._costs.deviation, _SUSPECT) * worst if worst > 0.0 else inf
+        return max(1.0 + 2.0 * self._costs.deviation, SUSPECT) * worst if worst > 0.0 else inf
 
     def _why_plain(self, offer: Offer, plain: float) -> str:
         if not self.options.explain:
-            return "plain: drafting would not pay"
+            return NOT_WORTH
         drafter, k, steps = offer.outlook.drafter, offer.num_draft, offer.seconds[offer.num_draft] / plain
         return f"plain: {drafter} {k}: expects {offer.emitted:.2f} tokens for {steps:.2f} plain steps (first {offer.rates[0]:.0%})"
 

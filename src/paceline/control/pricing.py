@@ -7,19 +7,21 @@ no new measurement.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import Array, Structure, c_double
 
+from paceline.control.shared import doubles, wholes
 from paceline.costs import CostTable
 from paceline.records import StepRecord
 
-_EXACT_ROWS = 64
-_NUM_BUCKETS = _EXACT_ROWS + 17
-_CONTEXT_SHIFT = 7
-_OUTLIER = 3.0
+EXACT_ROWS = 64
+ROW_BUCKETS = EXACT_ROWS + 17
+CONTEXT_SHIFT = 7
+OUTLIER = 3.0
 _SLOWEST_RATE = 0.1
 _NEWS = 0.02
-_OTHER_MACHINE = 0.08
+OTHER_MACHINE = 0.08
 """Relative change of forwards since the last plain step from which its price may be out of date."""
-_TRUSTED = 3
+TRUSTED = 3
 """Plain rounds that make a price."""
 _LAG = 8
 """Tokens caught up that tell what one costs."""
@@ -85,25 +87,30 @@ def worth_another(survival: float, drafted: int, rates: Sequence[float], seconds
 
 def rows_bucket(rows: int) -> int:
     """Rows 1 to 64 have buckets of their own, then one for each doubling."""
-    return rows if rows <= _EXACT_ROWS else min(_EXACT_ROWS + (rows - 1).bit_length() - 6, _NUM_BUCKETS - 1)
+    return rows if rows <= EXACT_ROWS else min(EXACT_ROWS + (rows - 1).bit_length() - 6, ROW_BUCKETS - 1)
 
 
-class Scales:
+class Scales(Structure):
     """Factors between predicted and seen forward times: one for the machine, one for each number of rows.
 
     A surprise is shared out between the two, so that a slower machine is noticed at once for all rows, while a change of the
     usual number of rows moves nothing. First surprises count for more, outliers are clipped.
     """
 
-    __slots__ = ("_counts", "_rows", "_seen", "machine", "moved")
+    _fields_ = (
+        ("_rows", c_double * ROW_BUCKETS),
+        ("_counts", c_double * ROW_BUCKETS),
+        *doubles("_seen", "machine", "moved"),
+    )
+    _rows: Array[c_double]
+    _counts: Array[c_double]
+    _seen: float
+    machine: float
+    moved: float
+    """Sum of all changes in log terms, for caches."""
 
     def __init__(self) -> None:
-        self._rows = [1.0] * _NUM_BUCKETS
-        self._counts = [0.0] * _NUM_BUCKETS
-        self._seen = 0.0
-        self.machine = 1.0
-        self.moved = 0.0
-        """Sum of all changes in log terms, for caches."""
+        super().__init__((1.0,) * ROW_BUCKETS, machine=1.0)
 
     def of(self, rows: int) -> float:
         """The factor on a forward over this many rows."""
@@ -112,7 +119,7 @@ class Scales:
     def run(self, rows: int, count: int) -> list[float]:
         """The factors on forwards over rows, rows + 1, ..., `count` of them."""
         machine = self.machine
-        if rows + count <= _EXACT_ROWS:  # the usual case, in the time of one call
+        if rows + count <= EXACT_ROWS:  # the usual case, in the time of one call
             return [machine * factor for factor in self._rows[rows : rows + count]]
         return [self.of(rows + extra) for extra in range(count)]
 
@@ -120,7 +127,7 @@ class Scales:
         """Take in seen over predicted time. weight: share of a round that a record of a batch stands for."""
         bucket = rows_bucket(rows)
         surprise = ratio / (self.machine * self._rows[bucket])
-        surprise = min(max(surprise, 1.0 / _OUTLIER), _OUTLIER)
+        surprise = min(max(surprise, 1.0 / OUTLIER), OUTLIER)
         common = min(weight * max(0.1, 0.6 / (1.0 + 0.25 * self._seen)), 0.6)
         own = min(weight * max(0.05, 0.3 / (1.0 + 0.5 * self._counts[bucket])), 0.3)
         self.machine *= surprise**common
@@ -130,16 +137,17 @@ class Scales:
         self.moved += (common + own) * abs(surprise - 1.0)
 
 
-class MedianFactor:
+class MedianFactor(Structure):
     """Median of the last five ratios: a hiccup of the machine does not move it, three slow rounds do."""
 
-    __slots__ = ("_last", "_share", "count", "value")
+    _fields_ = (("_last", c_double * 5), *doubles("value", "_share"), *wholes("count"))
+    _last: Array[c_double]
+    value: float
+    count: int
+    _share: float
 
     def __init__(self) -> None:
-        self.value = 1.0
-        self.count = 0
-        self._last = [1.0] * 3
-        self._share = 0.0
+        super().__init__((1.0,) * 3, 1.0)
 
     def update(self, ratio: float, weight: float) -> None:
         """Take in a ratio; a batched round comes as several records, each with its share of the weight."""
@@ -148,39 +156,44 @@ class MedianFactor:
             return
         self._share = 0.0
         self.count += 1
-        last = self._last
-        last.append(ratio)
-        if len(last) > 5:
-            del last[0]
+        last = [*self._last[: min(2 + self.count, 5)], ratio][-5:]  # three ones are there before the first ratio
+        for place, value in enumerate(last):
+            self._last[place] = value
         self.value = sorted(last)[len(last) // 2]
 
 
-class Line:
+class Line(Structure):
     """Seconds of a part of a round as `fixed + per_token * drafted`: discounted least squares from a first guess.
 
     fixed, per_token: the guess; weight: rounds that it counts for (0: replaced by the first round seen).
     """
 
-    __slots__ = ("_guess", "_n", "_nn", "_nt", "_t", "_w", "fixed", "per_token")
+    _fields_ = doubles("fixed", "per_token", "_guess_fixed", "_guess_each", "_w", "_n", "_nn", "_t", "_nt")
+    fixed: float
+    per_token: float
+    _guess_fixed: float
+    _guess_each: float
+    _w: float
+    _n: float
+    _nn: float
+    _t: float
+    _nt: float
 
     def __init__(self, fixed: float, per_token: float, weight: float) -> None:
-        self.fixed, self.per_token = fixed, per_token
-        self._guess = (fixed, per_token)
-        self._w = self._n = self._nn = self._t = self._nt = 0.0
+        super().__init__(fixed, per_token, fixed, per_token)
         if weight > 0.0:
             for tokens in (1, 8):
                 self._add(tokens, fixed + per_token * tokens, weight / 2.0)
 
     def worst(self, tokens: int) -> float:
         """The larger of what was guessed and what was learnt."""
-        fixed, per_token = self._guess
-        return max(fixed + per_token * tokens, self.fixed + self.per_token * tokens)
+        return max(self._guess_fixed + self._guess_each * tokens, self.fixed + self.per_token * tokens)
 
     def learn(self, tokens: int, seconds: float) -> None:
         """Count a round."""
         if self._w > 8.0:
             # Settled: one outlier must not bend the line.
-            seconds = min(seconds, _OUTLIER * (self.fixed + self.per_token * tokens) + 1e-5)
+            seconds = min(seconds, OUTLIER * (self.fixed + self.per_token * tokens) + 1e-5)
         keep = 0.95
         self._w *= keep
         self._n *= keep
@@ -190,7 +203,7 @@ class Line:
         self._add(tokens, max(0.0, seconds), 1.0)
         # Rounds of one length cannot tell the slope: it stays near the guess, unless that is impossible.
         spread = self._nn - self._n * self._n / self._w + 1.0
-        slope = (self._nt - self._n * self._t / self._w + self._guess[1]) / spread
+        slope = (self._nt - self._n * self._t / self._w + self._guess_each) / spread
         self.per_token = slope if slope > 0.0 else 0.0
         self.fixed = (self._t - self.per_token * self._n) / self._w
         if self.fixed < 0.0:
@@ -240,6 +253,22 @@ class Overlap:
         self._seconds = 0.0
 
 
+class CostState(Structure):
+    """The numbers of `LearnedCosts` that do not belong to a drafter."""
+
+    _fields_ = (
+        ("scales", Scales),
+        ("plain", MedianFactor * ROW_BUCKETS),
+        ("rest", Line),
+        *doubles("machine_at_plain", "deviation"),
+    )
+    scales: Scales
+    plain: Array[MedianFactor]
+    rest: Line
+    machine_at_plain: float
+    deviation: float
+
+
 class LearnedCosts:
     """A cost table kept true while running."""
 
@@ -248,17 +277,25 @@ class LearnedCosts:
         self._scale = table.scale
         self._raw: dict[tuple[int, int], list[float]] = {}
         self._learnt: dict[tuple[int, int], list[float]] = {}
-        self._scales = Scales()
-        self._plain = [MedianFactor() for _ in range(_NUM_BUCKETS)]
+        self.state = CostState(Scales(), (MedianFactor(),) * ROW_BUCKETS, Line(table.round_overhead, 0.0, 4.0), 1.0, 0.1)
+        self._scales = self.state.scales
+        self._plain = self.state.plain[:]
+        self.rest = self.state.rest
+        """A speculative round outside forward and drafting: sampling, committing, the host's own work."""
         self._lines: dict[str, Line] = {}
         self._catch_up: dict[str, float] = {}
         self._moved = 0.0
-        self._machine_at_plain = 1.0
-        self.rest = Line(table.round_overhead, 0.0, 4.0)
-        """A speculative round outside forward and drafting: sampling, committing, the host's own work."""
         self.overlap = Overlap()
-        self.deviation = 0.1
+
+    @property
+    def scale(self) -> float:
+        """The table's own, which whoever keeps measured costs must watch."""
+        return self._table.scale
+
+    @property
+    def deviation(self) -> float:
         """Mean relative deviation of speculative rounds from their predicted time."""
+        return self.state.deviation
 
     def drafting(self, drafter: str) -> tuple[float, float]:
         """Seconds of a draft and of each of its tokens, without catching up, on the machine as it is now."""
@@ -293,7 +330,7 @@ class LearnedCosts:
         each = self._catch_up.get(drafter, 0.0)
         if lag >= _LAG and each > 0.0:
             seen = max(seconds, 0.0) / lag
-            self._catch_up[drafter] = each + 0.3 * (min(seen, _OUTLIER * each) - each)
+            self._catch_up[drafter] = each + 0.3 * (min(seen, OUTLIER * each) - each)
 
     def plain(self, context: int, batch: int = 1) -> float:
         """A whole plain round. Corrected by plain rounds only: the bound of the time bank rests on it."""
@@ -303,12 +340,12 @@ class LearnedCosts:
     def change(self) -> float:
         """By how much the machine is slower now than at the last plain round, as other forwards have shown. For choices: plain and
         speculative rounds must be compared under the same load."""
-        change = self._scales.machine / self._machine_at_plain
+        change = self._scales.machine / self.state.machine_at_plain
         return 0.5 if change < 0.5 else 2.0 if change > 2.0 else change
 
     def knows_plain(self, batch: int) -> bool:
         """Whether enough plain rounds were seen to trust their price."""
-        return self._plain[self._like(batch)].count >= _TRUSTED
+        return self._plain[self._like(batch)].count >= TRUSTED
 
     def _like(self, batch: int) -> int:
         """The batch size whose plain rounds tell most of those of this one: its own, else a close one that was seen.
@@ -316,29 +353,29 @@ class LearnedCosts:
         Sequences that end make a batch smaller one by one, and each size has its place in the table.
         """
         bucket = rows_bucket(batch)
-        if batch == 1 or self._plain[bucket].count >= _TRUSTED:
+        if batch == 1 or self._plain[bucket].count >= TRUSTED:
             return bucket
-        near = [b for b in range(max(1, batch // 4), min(4 * batch, _EXACT_ROWS) + 1) if self._plain[b].count >= _TRUSTED]
+        near = [b for b in range(max(1, batch // 4), min(4 * batch, EXACT_ROWS) + 1) if self._plain[b].count >= TRUSTED]
         return min(near, key=lambda b: abs(b - batch), default=bucket)
 
     @property
     def plain_is_stale(self) -> bool:
         """Whether forwards have become slower or faster since the last plain step: another load or clock."""
-        return abs(self._scales.machine / self._machine_at_plain - 1.0) > _OTHER_MACHINE
+        return abs(self._scales.machine / self.state.machine_at_plain - 1.0) > OTHER_MACHINE
 
     def measured(self, base: int, count: int, context: int) -> list[float]:
         """The table's seconds of a forward over base, base + 1, ..., base + count rows (or more), at about this context."""
         if self._table.scale != self._scale:
             self._scale = self._table.scale
             self._raw.clear()
-        bucket = context >> _CONTEXT_SHIFT
+        bucket = context >> CONTEXT_SHIFT
         curve = self._raw.get((base, bucket))
         if curve is None:
             if len(self._raw) > 4096:
                 self._raw.clear()
             curve = self._raw[(base, bucket)] = []
         if len(curve) <= count:
-            middle = (bucket << _CONTEXT_SHIFT) + (1 << (_CONTEXT_SHIFT - 1))
+            middle = (bucket << CONTEXT_SHIFT) + (1 << (CONTEXT_SHIFT - 1))
             curve.extend(self._table.t_verify(base + extra, middle) for extra in range(len(curve), count + 1))
         return curve
 
@@ -347,12 +384,17 @@ class LearnedCosts:
         if self._scales.moved - self._moved > _NEWS:
             self._moved = self._scales.moved
             self._learnt.clear()
-        key = (base, context >> _CONTEXT_SHIFT)
+        key = (base, context >> CONTEXT_SHIFT)
         curve = self._learnt.get(key)
         if curve is None or len(curve) <= count:
             raw, factors = self.measured(base, count, context), self._scales.run(base, count + 1)
             curve = self._learnt[key] = [seconds * factor for seconds, factor in zip(raw, factors, strict=False)]
         return curve
+
+    def forwards(self, count: int, context: int) -> list[float]:
+        """As `learnt` for one sequence, without a cache: C (`pacer_core.c`) does the same, and must come to the same bits."""
+        raw, factors = self.measured(1, count, context), self._scales.run(1, count + 1)
+        return [seconds * factor for seconds, factor in zip(raw, factors, strict=False)]
 
     def learn_plain(self, context: int, batch: int, round_seconds: float, verify_seconds: float, weight: float = 1.0) -> None:
         """Count plain rounds alike, without what looking for drafts took. weight: how many; of a batch, the part counted."""
@@ -360,7 +402,7 @@ class LearnedCosts:
         if raw > 0.0:
             self._plain[rows_bucket(batch)].update(round_seconds / raw, min(weight, 1.0))
             self._learn_verify(batch, verify_seconds / raw, weight)
-            self._machine_at_plain = self._scales.machine
+            self.state.machine_at_plain = self._scales.machine
         if batch == 1:
             self.rest.learn(0, round_seconds - verify_seconds)
 
@@ -395,7 +437,7 @@ class LearnedCosts:
     def learn_deviation(self, expected: float, seconds: float) -> None:
         """Count how far a speculative round was from its predicted time."""
         off = min(abs(seconds / expected - 1.0), 1.0)
-        self.deviation += 0.05 * (off - self.deviation)
+        self.state.deviation += 0.05 * (off - self.state.deviation)
 
     def _learn_verify(self, rows: int, ratio: float, weight: float) -> None:
         if ratio > 0.0:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import Structure
 from typing import Any
 
 from paceline.control.acceptance import AcceptanceModel, Shift, observed_labels, signal_bucket, temperature_tag
 from paceline.control.confidence import Calibrated
 from paceline.control.pricing import node_rates
+from paceline.control.shared import doubles, wholes
 from paceline.records import DraftFeatures, StepRecord
 
 _CALIBRATED = 16
@@ -16,26 +18,55 @@ _FADING, _WEIGHT = 0.96, 6.0
 """Of a request's own shift: fading for each label, and labels that the calibration counts for."""
 
 
+class Width(Structure):
+    """Nodes a level of a drafter's trees; 1 of chains."""
+
+    _fields_ = (*doubles("nodes"), *wholes("_known"))
+    nodes: float
+    _known: int
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+
+    def update(self, drafted: int, levels: int) -> None:
+        """Count a draft. Chains of a drafter that never proposed a tree do not matter."""
+        if 0 < levels < drafted or self._known:
+            width = drafted / max(levels, 1)
+            self.nodes = 0.9 * (self.nodes if self._known else width) + 0.1 * width
+            self._known = 1
+
+
 class DraftQuality:
     """Estimates of all drafters, from finished rounds."""
 
     def __init__(self) -> None:
-        self._acceptance = AcceptanceModel()
+        self.acceptance = AcceptanceModel()
         self._confident: dict[str, Calibrated] = {}
         self._surer: dict[int, dict[str, Shift]] = {}
         """By how much a request's drafts are right more or less often than their confidence says, by drafter."""
-        self._widths: dict[str, float] = {}
-        """Nodes a level of drafters that propose trees."""
+        self._widths: dict[str, Width] = {}
 
     def rates(self, request_id: int, task: str, drafter: str, bucket: int, count: int) -> list[float]:
         """Chances a_1 .. a_count of positions, or of a tree's nodes in their order, given that those before were accepted."""
-        rates = self._acceptance.rates(request_id, task, drafter, bucket, count)
-        width = self._widths.get(drafter, 1.0)
-        return node_rates(rates, width) if width > 1.0 else rates
+        rates = self.acceptance.rates(request_id, task, drafter, bucket, count)
+        nodes = self.width(drafter).nodes
+        return node_rates(rates, nodes) if nodes > 1.0 else rates
+
+    def width(self, drafter: str) -> Width:
+        """How wide its trees are."""
+        width = self._widths.get(drafter)
+        if width is None:
+            width = self._widths[drafter] = Width()
+        return width
+
+    @property
+    def knows_confidence(self) -> bool:
+        """Whether some drafter states how sure it is."""
+        return bool(self._confident)
 
     def doubt(self, request_id: int, drafter: str, rate: float, gap: float) -> float:
         """See `AcceptanceModel.doubt`."""
-        return self._acceptance.doubt(request_id, drafter, rate, gap)
+        return self.acceptance.doubt(request_id, drafter, rate, gap)
 
     def confidence(self, drafter: str, task: str) -> Calibrated | None:
         """What is known of a drafter that states how sure it is, at the task's temperature; None of another one."""
@@ -68,11 +99,9 @@ class DraftQuality:
         request, task, drafter = first.request_id, first.task, first.drafter or ""
         labels = [observed_labels(record) for record in records]
         rounds = [(signal_bucket(record.signal), known) for record, known in zip(records, labels, strict=True)]
-        self._acceptance.update_rounds(request, task, drafter, rounds, now)
+        self.acceptance.update_rounds(request, task, drafter, rounds, now)
         for record, known, took in zip(records, labels, seconds, strict=True):
-            if 0 < record.num_levels < record.num_drafted or drafter in self._widths:
-                width = record.num_drafted / max(record.num_levels, 1)
-                self._widths[drafter] = 0.9 * self._widths.get(drafter, width) + 0.1 * width
+            self.width(drafter).update(record.num_drafted, record.num_levels)
             confident = self.confidence(drafter, task) if record.confidences else None
             if confident is not None and confident.asks:  # of others, confidence decides nothing
                 self._learn_confidence(record, confident, known, took, now)
@@ -100,7 +129,7 @@ class DraftQuality:
 
     def forget(self, request_id: int) -> None:
         """The request ended."""
-        self._acceptance.forget(request_id)
+        self.acceptance.forget(request_id)
         self._surer.pop(request_id, None)
 
     def calibration(self) -> list[dict[str, Any]]:
@@ -114,7 +143,7 @@ class DraftQuality:
     def snapshot(self) -> dict[str, Any]:
         """As plain data for a stored profile."""
         curves = {drafter: confident.model.snapshot() for drafter, confident in self._confident.items()}
-        return {"version": 1, "acceptance": self._acceptance.snapshot(), "confidence": curves}
+        return {"version": 1, "acceptance": self.acceptance.snapshot(), "confidence": curves}
 
     def restore(self, data: dict[str, Any]) -> None:
         """Begin with a stored profile. Raises KeyError, TypeError or ValueError on data that `snapshot` did not write."""
@@ -123,5 +152,5 @@ class DraftQuality:
         confident = {drafter: Calibrated() for drafter in data["confidence"]}
         for drafter, curve in data["confidence"].items():
             confident[drafter].model.restore(curve)
-        self._acceptance.restore(data["acceptance"])
+        self.acceptance.restore(data["acceptance"])
         self._confident.update(confident)

@@ -512,7 +512,7 @@ def test_finished_requests_leave_nothing_behind() -> None:
         play(controller, 2, request_id=request)
         controller.finish(request)
     assert not controller._running
-    assert not controller._quality._acceptance._requests
+    assert not controller._quality.acceptance._requests
 
 
 def test_reasons_say_what_was_expected() -> None:

@@ -1,0 +1,310 @@
+"""The usual round of one sequence in C (`pacer_core.c`), on the state that the pacer's Python methods work on as well.
+
+Names are looked up once a request: a round costs two calls with addresses. What is rare is left to Python, which the answer None
+or False asks for: several sequences at once, drafters that state how sure they are, caches that must catch up, a first round of a
+task, the first drafts at a level of evidence, and whatever has no room in C's arrays.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from ctypes import addressof, c_double, c_int, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from struct import Struct
+from typing import Any
+
+from paceline import compiled
+from paceline.control import acceptance, arbiter, bank, learning, offers, pricing, probing
+from paceline.control.acceptance import NUM_BUCKETS, POSITIONS, prior_rates, temperature_tag
+from paceline.control.base import RoundContext
+from paceline.control.offers import FORBIDDEN, NOT_WORTH, NOTHING, RESTING, SAVING, Clock, Lane, RunningDraft
+from paceline.control.pricing import CONTEXT_SHIFT, EXACT_ROWS, LearnedCosts
+from paceline.control.probing import ProbeSchedule
+from paceline.control.quality import DraftQuality
+from paceline.records import Plan, StepRecord
+
+_MOST_LOOKS, _MOST_FINISHED, _MOST_LABELS, _MOST_GIVEN, _NUM_CURVES = 8, 32, 512, 64, 8
+"""Room in C: drafters of a round, rounds taken in together, their labels in all and of one round, and contexts with costs at hand."""
+_CONSTANTS: dict[str, float] = {
+    **{name: getattr(bank, name) for name in ("FORGIVE_EVERY", "LONGEST_LOOK", "SAVED", "MOST_SAVED")},
+    **{name: getattr(acceptance, name) for name in ("POSITIONS", "NUM_BUCKETS", "ALARM", "HALF_LIFE")},
+    **{
+        name: getattr(offers, name)
+        for name in ("CLEARLY_NOT", "REST", "REST_SIGNALS", "DOUBLE_PROOF", "SUSPECT", "LEAST_ROW", "TRIAL")
+    },
+    **{
+        name: getattr(pricing, name)
+        for name in ("EXACT_ROWS", "ROW_BUCKETS", "CONTEXT_SHIFT", "OUTLIER", "OTHER_MACHINE", "TRUSTED")
+    },
+    **{name: getattr(learning, name) for name in ("LESSON", "SETTLED")},
+    **{f"PROBE_{name}": getattr(probing, name) for name in ("FIRST", "LAST", "BUDGET", "BOOST")},
+    "PROBES_IN_A_ROW": probing.IN_A_ROW,
+    "RENEWAL": arbiter.RENEWAL,
+    "MOST_LOOKS": _MOST_LOOKS,
+    "MOST_FINISHED": _MOST_FINISHED,
+    "MOST_LABELS": _MOST_LABELS,
+    "MOST_GIVEN": _MOST_GIVEN,
+    "NUM_CURVES": _NUM_CURVES,
+}
+"""Stand once, in Python, and reach C as definitions."""
+_SOURCES = compiled.Sources(
+    name="pacer",
+    folder=Path(__file__).parent,
+    files=("pacer_core.c", "pacer_state.h"),
+    flags=("-O2", "-ffp-contract=off", *(f"-D{name}={value!r}" for name, value in _CONSTANTS.items())),
+    libraries=("-lm",),
+    abi=("paceline_pacer_abi", 1),
+)
+_NEED_CURVE, _DONE, _NOTHING, _SAVING, _FORBIDDEN, _RESTING, _RENEW, _POOR, _NOT_WORTH, _DRAFT, _PROBE = range(1, 12)
+_TRUNCATED, _PROBING, _WARMUP = 1, 2, 4
+_ALWAYS = {_NOTHING: NOTHING, _SAVING: SAVING, _FORBIDDEN: FORBIDDEN, _RESTING: RESTING}
+_WHY_PLAIN = {_POOR: SAVING.reason, _NOT_WORTH: NOT_WORTH}
+_LOOK = 4
+_ROUND = Struct("13q5d")
+
+
+class _Standing(ctypes.Structure):
+    _fields_ = (
+        ("pools", c_void_p * NUM_BUCKETS),
+        ("probes", c_void_p * NUM_BUCKETS),
+        *((name, c_void_p) for name in ("line", "level", "width", "rests", "prior")),
+    )
+
+
+class _Curve(ctypes.Structure):
+    _fields_ = (("context", c_int64), ("count", c_int64), ("seconds", c_double * EXACT_ROWS))
+
+
+class _Core(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("bank", "costs", "clock")),
+        *((name, c_double) for name in ("margin", "emitted", "seconds")),
+        *((name, c_int64) for name in ("wanted_context", "wanted_rows")),
+        ("query", c_int64 * (4 + _LOOK * _MOST_LOOKS)),
+        ("finished", ctypes.c_char * (_ROUND.size * _MOST_FINISHED)),
+        ("labels", c_double * _MOST_LABELS),
+        ("curves", _Curve * _NUM_CURVES),
+    )
+
+
+@cache
+def load_library() -> ctypes.CDLL | str:
+    """The compiled pacer, or the reason why there is none."""
+    library = compiled.load(_SOURCES, ctypes.PyDLL)
+    if not isinstance(library, str):
+        for name, arguments in (("plan", [c_void_p]), ("take_in", [c_void_p, c_int64]), ("size", [c_int])):
+            function = getattr(library, f"paceline_pacer_{name}")
+            function.restype, function.argtypes = c_int64, arguments
+    return library
+
+
+@cache
+def _prior_table(tag: str) -> Any:
+    rates = [rate for bucket in range(NUM_BUCKETS) for rate in prior_rates(bucket, tag)]
+    return (c_double * (NUM_BUCKETS * POSITIONS))(*rates)
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A drafter of a request."""
+
+    standing: int
+    own: int
+    running: RunningDraft
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request as C knows it."""
+
+    lane: Lane
+    lane_at: int
+    task: str
+    entries: dict[str, _Entry]
+
+
+class Core:
+    """The pacer's usual round. It shares its parts with the pacer that it belongs to, and keeps addresses of them."""
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        costs: LearnedCosts,
+        quality: DraftQuality,
+        safe: bank.TimeBank,
+        probes: ProbeSchedule,
+        clock: Clock,
+        lanes: Mapping[tuple[str, int], Lane],
+        margin: float,
+    ) -> None:
+        self._costs, self._quality, self._probes, self._lanes = costs, quality, probes, lanes
+        self._alive = (safe, clock)
+        self._core = core = _Core(addressof(safe), addressof(costs.state), addressof(clock), margin)
+        for curve in core.curves:
+            curve.context = -1
+        self._plan, self._take_in = library.paceline_pacer_plan, library.paceline_pacer_take_in
+        self._at = ctypes.byref(core)
+        start = addressof(core)
+        self._query = memoryview((c_int64 * len(core.query)).from_address(start + _Core.query.offset)).cast("B")
+        self._finished = memoryview((ctypes.c_char * _Core.finished.size).from_address(start + _Core.finished.offset)).cast("B")
+        self._labels = core.labels
+        self._pack = [Struct(f"{4 + _LOOK * count}q").pack_into for count in range(_MOST_LOOKS + 1)]
+        self._requests: dict[int, _Request] = {}
+        self._standings: dict[tuple[str, str], _Standing] = {}
+        self._version, self._scale = quality.acceptance.version, costs.scale
+
+    def plan(self, context: RoundContext, running: dict[int, RunningDraft]) -> Plan | None:
+        """As `Pacer.plan`. None: ask Python, where nothing was changed. running: the drafts of requests, to note this one in."""
+        request = self._requests.get(context.request_id) or self._meet(context.request_id, context.task)
+        if request is None or not self._is_usual() or context.max_draft >= EXACT_ROWS:
+            return None
+        looks: list[int] = []
+        able = []
+        for outlook in context.outlooks:
+            if outlook.available > 0:
+                if outlook.catch_up:
+                    return None
+                entry = request.entries.get(outlook.drafter) or self._enter(context.request_id, request, outlook.drafter)
+                looks += (entry.standing, entry.own, outlook.available, outlook.signal)
+                able.append(entry)
+        count = len(able)
+        if count > _MOST_LOOKS:
+            return None
+        self._pack[count](self._query, 0, request.lane_at, context.context_length, context.max_draft, count, *looks)
+        found = self._plan(self._at)
+        if found == _NEED_CURVE:
+            self._fill_curve()
+            found = self._plan(self._at)
+        kind = found & 0xFF
+        if kind >= _DRAFT:
+            core, chosen = self._core, able[found >> 16].running
+            running[context.request_id] = chosen
+            verb = "drafting" if kind == _DRAFT else "probing"
+            return Plan(chosen.drafter, found >> 8 & 0xFF, verb, core.emitted, core.seconds, kind == _PROBE)
+        if kind >= _POOR:
+            return Plan(None, 0, _WHY_PLAIN[kind], 1.0, self._core.seconds)
+        return _ALWAYS.get(kind)
+
+    def take_in(self, records: Sequence[StepRecord], running: dict[int, RunningDraft]) -> bool:
+        """As `Pacer._take_in`. False: ask Python, where nothing was changed."""
+        if not self._is_usual() or not self._gather(records, running):
+            return False
+        done = self._take_in(self._at, len(records))
+        for _ in records:  # each may need costs of its own
+            if done == _NEED_CURVE:
+                self._fill_curve()
+                done = self._take_in(self._at, len(records))
+        if done != _DONE:
+            return False
+        for record in records:
+            if record.drafter is not None:
+                running.pop(record.request_id, None)
+        return True
+
+    def forget(self, request_id: int) -> None:
+        """The request ended."""
+        self._requests.pop(request_id, None)
+
+    def _gather(self, records: Sequence[StepRecord], running: dict[int, RunningDraft]) -> bool:
+        """Write the records down as C reads them; False where it cannot take them in."""
+        if len(records) > _MOST_FINISHED:
+            return False
+        at = used = 0
+        for record in records:
+            request = self._requests.get(record.request_id) or self._meet(record.request_id, record.task)
+            if request is None or record.batch_size != 1:
+                return False
+            standing = own = told = 0
+            if record.drafter is not None:
+                run = running.get(record.request_id)
+                if run is None or run.catch_up or run.drafter != record.drafter:
+                    return False
+                entry = request.entries.get(record.drafter) or self._enter(record.request_id, request, record.drafter)
+                standing, own, told = entry.standing, entry.own, len(record.acceptance)
+                if told > _MOST_GIVEN or used + told > _MOST_LABELS:
+                    return False
+                self._labels[used : used + told] = record.acceptance
+                used += told
+            elif record.batch_rows > 1:
+                return False
+            _ROUND.pack_into(
+                self._finished,
+                at,
+                request.lane_at,
+                standing,
+                own,
+                record.context_length,
+                record.num_planned,
+                record.num_drafted,
+                record.num_accepted,
+                record.num_emitted,
+                record.signal,
+                record.batch_rows,
+                record.num_levels,
+                record.truncated * _TRUNCATED | record.probe * _PROBING | record.warmup * _WARMUP,
+                told,
+                record.draft_seconds,
+                record.verify_seconds,
+                record.control_seconds,
+                record.round_seconds,
+                record.expected_seconds,
+            )
+            at += _ROUND.size
+        return True
+
+    def _is_usual(self) -> bool:
+        """Whether C can do it at all; addresses and costs are renewed where they must be."""
+        if self._version != self._quality.acceptance.version:
+            self._version = self._quality.acceptance.version
+            for (task, drafter), standing in self._standings.items():
+                self._find_pools(standing, task, drafter)
+        if self._scale != self._costs.scale:
+            self._scale = self._costs.scale
+            for curve in self._core.curves:
+                curve.context = -1
+        return not self._quality.knows_confidence
+
+    def _meet(self, request_id: int, task: str) -> _Request | None:
+        """Make a request known, unless its task is new."""
+        lane = self._lanes.get((task, 0))
+        if lane is None:
+            return None
+        request = self._requests[request_id] = _Request(lane, addressof(lane.state), task, {})
+        return request
+
+    def _enter(self, request_id: int, request: _Request, drafter: str) -> _Entry:
+        """Make a drafter of a request known."""
+        standing = self._standings.get((request.task, drafter))
+        if standing is None:
+            standing = self._standings[request.task, drafter] = self._stand(request, drafter)
+        own = addressof(self._quality.acceptance.own(request_id, drafter))
+        entry = request.entries[drafter] = _Entry(addressof(standing), own, RunningDraft(drafter, request.task))
+        return entry
+
+    def _stand(self, request: _Request, drafter: str) -> _Standing:
+        task, acceptance = request.task, self._quality.acceptance
+        standing = _Standing(
+            probes=tuple(addressof(self._probes.state((task, drafter, bucket))) for bucket in range(NUM_BUCKETS)),
+            line=addressof(self._costs.line(drafter)),
+            level=addressof(acceptance.level(drafter, task)),
+            width=addressof(self._quality.width(drafter)),
+            rests=addressof(request.lane.rests(drafter)),
+            prior=addressof(_prior_table(temperature_tag(task))),
+        )
+        self._find_pools(standing, task, drafter)
+        return standing
+
+    def _find_pools(self, standing: _Standing, task: str, drafter: str) -> None:
+        for bucket in range(NUM_BUCKETS):
+            pool = self._quality.acceptance.pool(task, drafter, bucket)
+            standing.pools[bucket] = addressof(pool) if pool is not None else None
+
+    def _fill_curve(self) -> None:
+        """Hand over measured costs that C asked for."""
+        bucket, rows = self._core.wanted_context, self._core.wanted_rows
+        curve = self._core.curves[bucket % _NUM_CURVES]
+        curve.context, curve.count = bucket, rows
+        curve.seconds[:rows] = self._costs.measured(1, rows - 1, bucket << CONTEXT_SHIFT)[:rows]
