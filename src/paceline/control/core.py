@@ -154,12 +154,12 @@ class Core:
         self._pack = [Struct(f"{4 + _LOOK * count}q").pack_into for count in range(_MOST_LOOKS + 1)]
         self._requests: dict[int, _Request] = {}
         self._standings: dict[tuple[str, str], _Standing] = {}
-        self._version, self._scale = quality.acceptance.version, costs.scale
+        self._version = quality.acceptance.version
 
     def plan(self, context: RoundContext, running: dict[int, RunningDraft]) -> Plan | None:
         """As `Pacer.plan`. None: ask Python, where nothing was changed. running: the drafts of requests, to note this one in."""
         request = self._requests.get(context.request_id) or self._meet(context.request_id, context.task)
-        if request is None or not self._is_usual() or context.max_draft >= EXACT_ROWS:
+        if request is None:
             return None
         looks: list[int] = []
         able = []
@@ -171,7 +171,7 @@ class Core:
                 looks += (entry.standing, entry.own, outlook.available, outlook.signal)
                 able.append(entry)
         count = len(able)
-        if count > _MOST_LOOKS:
+        if count > _MOST_LOOKS or context.max_draft >= EXACT_ROWS:
             return None
         self._pack[count](self._query, 0, request.lane_at, context.context_length, context.max_draft, count, *looks)
         found = self._plan(self._at)
@@ -190,7 +190,7 @@ class Core:
 
     def take_in(self, records: Sequence[StepRecord], running: dict[int, RunningDraft]) -> bool:
         """As `Pacer._take_in`. False: ask Python, where nothing was changed."""
-        if not self._is_usual() or not self._gather(records, running):
+        if len(records) > _MOST_FINISHED or not self._gather(records, running):
             return False
         done = self._take_in(self._at, len(records))
         for _ in records:  # each may need costs of its own
@@ -210,8 +210,6 @@ class Core:
 
     def _gather(self, records: Sequence[StepRecord], running: dict[int, RunningDraft]) -> bool:
         """Write the records down as C reads them; False where it cannot take them in."""
-        if len(records) > _MOST_FINISHED:
-            return False
         at = used = 0
         for record in records:
             request = self._requests.get(record.request_id) or self._meet(record.request_id, record.task)
@@ -255,17 +253,12 @@ class Core:
             at += _ROUND.size
         return True
 
-    def _is_usual(self) -> bool:
-        """Whether C can do it at all; addresses and costs are renewed where they must be."""
+    def refresh(self) -> None:
+        """Python has done something: there may be pools that are new."""
         if self._version != self._quality.acceptance.version:
             self._version = self._quality.acceptance.version
             for (task, drafter), standing in self._standings.items():
                 self._find_pools(standing, task, drafter)
-        if self._scale != self._costs.scale:
-            self._scale = self._costs.scale
-            for curve in self._core.curves:
-                curve.context = -1
-        return not self._quality.knows_confidence
 
     def _meet(self, request_id: int, task: str) -> _Request | None:
         """Make a request known, unless its task is new."""

@@ -51,7 +51,7 @@ from paceline.costs import CostTable
 from paceline.errors import OptionError
 from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
 
-_TOGETHER = 4
+_TOGETHER = 8
 """Finished rounds that are taken in at once: what runs after a forward finds cold caches, so several cost little more than one."""
 
 
@@ -103,6 +103,8 @@ class Pacer(Controller):
         """Plain rounds that are yet to be settled."""
         self._renewing = False
         """The running round is to tell the price of a plain step."""
+        self._due, self._ample = 1, False
+        """As `_set_due` has it."""
         library = load_library()
         self._core = None if isinstance(library, str) else self._compiled(library)
         if options.explain:
@@ -176,6 +178,7 @@ class Pacer(Controller):
         """A plain round, to see what one costs now."""
         self._take_in()  # what came before says nothing of the machine as it is now
         self._renewing = True
+        self._set_due()
         return Plan(None, 0, "plain: renewing the price of a plain step", 1.0, plain)
 
     def _needs_plain(self, batch: int) -> bool:
@@ -183,6 +186,7 @@ class Pacer(Controller):
         return (self._clock.tokens >= TRIAL or self._bank.is_short) and not self._costs.knows_plain(batch)
 
     def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
+        self._core = None  # C knows nothing of confidence
         if (joint := self._joint.keep_drafting(request_id, features)) is not None:
             return joint
         running = self._running.get(request_id)
@@ -198,32 +202,45 @@ class Pacer(Controller):
     def observe(self, record: StepRecord) -> None:
         self._clock.tokens += record.num_emitted
         self._finished.append(record)
-        due = record.batch_size if record.batch_size > 1 else _TOGETHER
-        if self._bank.saving_for > 0.0:  # nothing is drafted before the bank has saved some rounds anyway
-            due *= 4
-        elif self._renewing or self._bank.is_short or not self._costs.knows_plain(record.batch_size):
-            due = record.batch_size
-        if len(self._finished) >= due or (record.batch_size == 1 and is_speculative(record) and self._is_urgent(record)):
+        if record.batch_size > 1:
+            due = 4 * record.batch_size if self._bank.saving_for > 0.0 else record.batch_size
+        else:
+            due = 1 if record.drafter is not None and self._is_urgent(record) else self._due
+        if len(self._finished) >= due:
             self._take_in()
 
     def _is_urgent(self, record: StepRecord) -> bool:
         """Whether a speculative round is charged at once. Else it waits: what was granted to it stays granted until then."""
-        running = self._running.get(record.request_id)
-        if running is None or running.catch_up > 0 or not self._bank.is_ample:
+        if not self._ample or record.probe or record.warmup or record.round_seconds > SUSPECT * record.expected_seconds:
             return True
-        return record.probe or record.warmup or record.round_seconds > SUSPECT * record.expected_seconds
+        running = self._running.get(record.request_id)
+        return running is None or running.catch_up > 0
+
+    def _set_due(self) -> None:
+        """How many rounds of single sequences may wait from now on: told once, since these looks would cost more than they save."""
+        self._ample = self._bank.is_ample
+        if self._bank.saving_for > 0.0:  # nothing is drafted before the bank has saved some rounds anyway
+            self._due = 4 * _TOGETHER
+        else:
+            self._due = 1 if self._renewing or self._bank.is_short or not self._costs.knows_plain(1) else _TOGETHER
 
     def _take_in(self) -> None:
         """Settle all finished rounds, and learn from them."""
         finished, self._finished, self._renewing = self._finished, [], False
-        if self._core is not None and self._core.take_in(finished, self._running):
-            return
+        if self._core is None or not self._core.take_in(finished, self._running):
+            self._take_in_reference(finished)
+        self._set_due()
+
+    def _take_in_reference(self, finished: Sequence[StepRecord]) -> None:
+        """What C does for the usual rounds."""
         longest = max((record.num_drafted for record in finished), default=0)
         lessons = [
             self._settle(rounds[0], longest) if is_speculative(rounds[0]) else self._settle_plain(rounds)
             for rounds in alike(finished)
         ]
         self._learning.take(lessons, self._joint.prober)
+        if self._core is not None:
+            self._core.refresh()
 
     def _settle(self, record: StepRecord, longest: int) -> Lesson:
         """Charge a speculative round to the banks, and make a lesson of it. longest: draft of the batch, in tokens."""
@@ -280,6 +297,10 @@ class Pacer(Controller):
     def restore(self, data: dict[str, Any]) -> None:
         """See `DraftQuality.restore`."""
         self._quality.restore(data)
+        if self._quality.knows_confidence:
+            self._core = None
+        elif self._core is not None:
+            self._core.refresh()
 
     def _lane(self, task: str, batch: int, plain: float) -> Lane:
         key = _lane_key(task, batch)
