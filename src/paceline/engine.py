@@ -299,7 +299,8 @@ class Engine:
             plans = controller.plan_batch([context for _, context in asked])
             for (step, context), plan in zip(asked, plans, strict=True):
                 step.plan = plan
-                step.signal = next((o.signal for o in context.outlooks if o.drafter == plan.drafter), 0)
+                if plan.drafter is not None:
+                    step.signal = next((o.signal for o in context.outlooks if o.drafter == plan.drafter), 0)
             seconds += perf_counter() - started
         self._learning = 0.0
         for step, _ in looks:

@@ -8,7 +8,7 @@ task, the first drafts at a level of evidence, and whatever has no room in C's a
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import addressof, c_double, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -20,14 +20,14 @@ from paceline import compiled
 from paceline.control import acceptance, arbiter, bank, learning, offers, pricing, probing
 from paceline.control.acceptance import NUM_BUCKETS, POSITIONS, prior_rates, temperature_tag
 from paceline.control.base import RoundContext
-from paceline.control.offers import FORBIDDEN, NOT_WORTH, NOTHING, RESTING, SAVING, Clock, Lane, RunningDraft
+from paceline.control.offers import FORBIDDEN, NOT_WORTH, NOTHING, RESTING, SAVING, Lane, RunningDraft
 from paceline.control.pricing import CONTEXT_SHIFT, EXACT_ROWS, LearnedCosts
 from paceline.control.probing import ProbeSchedule
 from paceline.control.quality import DraftQuality
-from paceline.records import Plan, StepRecord
+from paceline.records import Outlook, Plan, StepRecord
 
 _MOST_LOOKS, _MOST_FINISHED, _MOST_LABELS, _MOST_GIVEN, _NUM_CURVES = 8, 32, 512, 64, 8
-"""Room in C: drafters of a round, rounds taken in together, their labels in all and of one round, and contexts with costs at hand."""
+"""Room in C: drafters of a round, rounds taken in together, their labels in all and of one round, contexts with costs at hand."""
 _CONSTANTS: dict[str, float] = {
     **{name: getattr(bank, name) for name in ("FORGIVE_EVERY", "LONGEST_LOOK", "SAVED", "MOST_SAVED")},
     **{name: getattr(acceptance, name) for name in ("POSITIONS", "NUM_BUCKETS", "ALARM", "HALF_LIFE")},
@@ -80,9 +80,9 @@ class _Curve(ctypes.Structure):
 
 class _Core(ctypes.Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("bank", "costs", "clock")),
+        *((name, c_void_p) for name in ("bank", "costs")),
         *((name, c_double) for name in ("margin", "emitted", "seconds")),
-        *((name, c_int64) for name in ("wanted_context", "wanted_rows")),
+        *((name, c_int64) for name in ("tokens", "wanted_context", "wanted_rows")),
         ("query", c_int64 * (4 + _LOOK * _MOST_LOOKS)),
         ("finished", ctypes.c_char * (_ROUND.size * _MOST_FINISHED)),
         ("labels", c_double * _MOST_LABELS),
@@ -95,7 +95,9 @@ def load_library() -> ctypes.CDLL | str:
     """The compiled pacer, or the reason why there is none."""
     library = compiled.load(_SOURCES, ctypes.PyDLL)
     if not isinstance(library, str):
-        for name, arguments in (("plan", [c_void_p]), ("take_in", [c_void_p, c_int64]), ("size", [c_int])):
+        one = [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, *[c_int64] * 4]
+        told = (("plan", one[:2]), ("plan_one", one), ("take_in", [c_void_p, c_int64, c_int64]), ("size", [c_int]))
+        for name, arguments in told:
             function = getattr(library, f"paceline_pacer_{name}")
             function.restype, function.argtypes = c_int64, arguments
     return library
@@ -136,51 +138,49 @@ class Core:
         quality: DraftQuality,
         safe: bank.TimeBank,
         probes: ProbeSchedule,
-        clock: Clock,
         lanes: Mapping[tuple[str, int], Lane],
         margin: float,
     ) -> None:
         self._costs, self._quality, self._probes, self._lanes = costs, quality, probes, lanes
-        self._alive = (safe, clock)
-        self._core = core = _Core(addressof(safe), addressof(costs.state), addressof(clock), margin)
+        self._bank = safe  # kept alive
+        self._core = core = _Core(addressof(safe), addressof(costs.state), margin)
         for curve in core.curves:
             curve.context = -1
-        self._plan, self._take_in = library.paceline_pacer_plan, library.paceline_pacer_take_in
+        self._plan: Callable[..., int] = library.paceline_pacer_plan
+        self._plan_one: Callable[..., int] = library.paceline_pacer_plan_one
+        self._take_in: Callable[..., int] = library.paceline_pacer_take_in
         self._at = ctypes.byref(core)
         start = addressof(core)
-        self._query = memoryview((c_int64 * len(core.query)).from_address(start + _Core.query.offset)).cast("B")
         self._finished = memoryview((ctypes.c_char * _Core.finished.size).from_address(start + _Core.finished.offset)).cast("B")
         self._labels = core.labels
-        self._pack = [Struct(f"{4 + _LOOK * count}q").pack_into for count in range(_MOST_LOOKS + 1)]
         self._requests: dict[int, _Request] = {}
         self._standings: dict[tuple[str, str], _Standing] = {}
-        self._version = quality.acceptance.version
+        self._version, self._scale = quality.acceptance.version, costs.scale
 
-    def plan(self, context: RoundContext, running: dict[int, RunningDraft]) -> Plan | None:
-        """As `Pacer.plan`. None: ask Python, where nothing was changed. running: the drafts of requests, to note this one in."""
+    def plan(self, context: RoundContext, tokens: int, running: dict[int, RunningDraft]) -> Plan | None:
+        """As `Pacer.plan`. None: ask Python, where nothing was changed.
+
+        tokens: emitted so far; running: the drafts of requests, to note this one in.
+        """
         request = self._requests.get(context.request_id) or self._meet(context.request_id, context.task)
         if request is None:
             return None
-        looks: list[int] = []
-        able = []
+        able: list[tuple[_Entry, Outlook]] = []
         for outlook in context.outlooks:
             if outlook.available > 0:
                 if outlook.catch_up:
                     return None
                 entry = request.entries.get(outlook.drafter) or self._enter(context.request_id, request, outlook.drafter)
-                looks += (entry.standing, entry.own, outlook.available, outlook.signal)
-                able.append(entry)
-        count = len(able)
-        if count > _MOST_LOOKS or context.max_draft >= EXACT_ROWS:
+                able.append((entry, outlook))
+        if len(able) > _MOST_LOOKS or context.max_draft >= EXACT_ROWS:
             return None
-        self._pack[count](self._query, 0, request.lane_at, context.context_length, context.max_draft, count, *looks)
-        found = self._plan(self._at)
+        found = self._decide(context, request.lane_at, tokens, able)
         if found == _NEED_CURVE:
             self._fill_curve()
-            found = self._plan(self._at)
+            found = self._decide(context, request.lane_at, tokens, able)
         kind = found & 0xFF
         if kind >= _DRAFT:
-            core, chosen = self._core, able[found >> 16].running
+            core, chosen = self._core, able[found >> 16][0].running
             running[context.request_id] = chosen
             verb = "drafting" if kind == _DRAFT else "probing"
             return Plan(chosen.drafter, found >> 8 & 0xFF, verb, core.emitted, core.seconds, kind == _PROBE)
@@ -188,15 +188,29 @@ class Core:
             return Plan(None, 0, _WHY_PLAIN[kind], 1.0, self._core.seconds)
         return _ALWAYS.get(kind)
 
-    def take_in(self, records: Sequence[StepRecord], running: dict[int, RunningDraft]) -> bool:
+    def _decide(self, context: RoundContext, lane: int, tokens: int, able: Sequence[tuple[_Entry, Outlook]]) -> int:
+        length, most = context.context_length, context.max_draft
+        if len(able) == 1:  # the usual case
+            ((entry, outlook),) = able
+            standing, own = entry.standing, entry.own
+            return self._plan_one(self._at, tokens, lane, standing, own, length, most, outlook.available, outlook.signal)
+        looks = [value for entry, o in able for value in (entry.standing, entry.own, o.available, o.signal)]
+        self._core.query[: 4 + len(looks)] = [lane, length, most, len(able), *looks]
+        return self._plan(self._at, tokens)
+
+    def take_in(self, records: Sequence[StepRecord], tokens: int, running: dict[int, RunningDraft]) -> bool:
         """As `Pacer._take_in`. False: ask Python, where nothing was changed."""
+        if self._scale != self._costs.scale:
+            self._scale = self._costs.scale
+            for curve in self._core.curves:
+                curve.context = -1
         if len(records) > _MOST_FINISHED or not self._gather(records, running):
             return False
-        done = self._take_in(self._at, len(records))
+        done = self._take_in(self._at, tokens, len(records))
         for _ in records:  # each may need costs of its own
             if done == _NEED_CURVE:
                 self._fill_curve()
-                done = self._take_in(self._at, len(records))
+                done = self._take_in(self._at, tokens, len(records))
         if done != _DONE:
             return False
         for record in records:

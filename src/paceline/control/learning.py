@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from paceline.control.acceptance import signal_bucket
 from paceline.control.bank import TimeBank
-from paceline.control.offers import Clock, Lesson, probe_key
+from paceline.control.offers import Lesson, probe_key
 from paceline.control.pricing import LearnedCosts
 from paceline.control.probing import ProbeSchedule
 from paceline.control.quality import DraftQuality
@@ -18,12 +18,11 @@ LESSON, SETTLED = 4, 32
 class Learning:
     """Takes lessons into the parts that it shares with the pacer."""
 
-    def __init__(self, costs: LearnedCosts, quality: DraftQuality, bank: TimeBank, probes: ProbeSchedule, clock: Clock) -> None:
-        self._costs, self._quality, self._bank, self._probes, self._clock = costs, quality, bank, probes, clock
+    def __init__(self, costs: LearnedCosts, quality: DraftQuality, bank: TimeBank, probes: ProbeSchedule) -> None:
+        self._costs, self._quality, self._bank, self._probes = costs, quality, bank, probes
 
-    def take(self, lessons: Sequence[Lesson], prober: int) -> None:
-        """Learn from rounds. prober: the request whose record tells how a batch's probe went."""
-        now = self._clock.tokens
+    def take(self, lessons: Sequence[Lesson], now: int, prober: int) -> None:
+        """Learn from rounds. now: tokens emitted so far; prober: the request whose record tells how a batch's probe went."""
         for of_one in _of_one_draft(lessons):
             self._learn_quality(of_one, now, prober)
         for lesson in lessons:
@@ -42,8 +41,8 @@ class Learning:
         fourth."""
         if batch > 1 or not speculative:
             return True
-        self._clock.drafted_rounds += 1
-        return self._clock.drafted_rounds % LESSON == 0 or self._clock.drafted_rounds <= SETTLED
+        self._costs.state.drafted_rounds = rounds = self._costs.state.drafted_rounds + 1
+        return rounds % LESSON == 0 or rounds <= SETTLED
 
     def _learn_quality(self, lessons: Sequence[Lesson], now: int, prober: int) -> None:
         records = [lesson.record for lesson in lessons]

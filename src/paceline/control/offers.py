@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from paceline.control.arbiter import Arbiter
 from paceline.control.bank import TimeBank
-from paceline.control.shared import wholes
 from paceline.records import Outlook, Plan, StepRecord
 
 NOTHING = Plan(None, 0, "plain: nothing to draft")
@@ -30,16 +29,6 @@ TRIAL = 4
 """Tokens after which a plain step must be priced; until then rounds are charged by what was measured at another time."""
 DOUBLE_PROOF = 0.1
 """What drafting must promise above the margin while its purse is empty."""
-
-
-class Clock(Structure):
-    """What counts the pacer's time."""
-
-    _fields_ = wholes("tokens", "drafted_rounds")
-    tokens: int
-    """Emitted so far."""
-    drafted_rounds: int
-    """Speculative rounds of single sequences that could teach costs."""
 
 
 class Rests(Structure):

@@ -33,7 +33,6 @@ from paceline.control.offers import (
     SAVING,
     SUSPECT,
     TRIAL,
-    Clock,
     Lane,
     Lesson,
     Offer,
@@ -92,13 +91,13 @@ class Pacer(Controller):
         self._quality = DraftQuality()
         self._bank = TimeBank(options.eps, options.start, options.cap)
         self._probes = ProbeSchedule()
-        self._clock = Clock()
-        self._learning = Learning(self._costs, self._quality, self._bank, self._probes, self._clock)
+        self._learning = Learning(self._costs, self._quality, self._bank, self._probes)
         self._read: set[str] = set()
         """Drafters that were lent the time to read a prompt."""
         self._joint = JointPlanner(self._costs, self._quality, self._bank, self._probes, self._read, options.margin)
         self._lanes: dict[tuple[str, int], Lane] = {}
         self._running: dict[int, RunningDraft] = {}
+        self._tokens = 0
         self._finished: list[StepRecord] = []
         """Plain rounds that are yet to be settled."""
         self._renewing = False
@@ -111,14 +110,14 @@ class Pacer(Controller):
             self.explain()
 
     def _compiled(self, library: CDLL) -> Core:
-        parts = (self._costs, self._quality, self._bank, self._probes, self._clock, self._lanes)
+        parts = (self._costs, self._quality, self._bank, self._probes, self._lanes)
         return Core(library, *parts, self.options.margin)
 
     def plan_unseen(self, task: str, batch_size: int) -> Plan | None:
         if self._bank.saving_for > 0.0:
             return SAVING
         lane = self._lanes.get(_lane_key(task, batch_size))
-        if lane is not None and batch_size > 1 and self._clock.tokens < lane.rest_until:
+        if lane is not None and batch_size > 1 and self._tokens < lane.rest_until:
             return RESTING
         return FORBIDDEN if lane is not None and lane.arbiter.forbids else None
 
@@ -132,13 +131,13 @@ class Pacer(Controller):
         lane = self._lane(first.task, first.batch_size, plain)
         if lane.arbiter.wants_plain or self._needs_plain(first.batch_size):
             return [self._renew(plain)] * len(contexts)
-        return self._joint.plan(contexts, plain, lane, self._clock.tokens)
+        return self._joint.plan(contexts, plain, lane, self._tokens)
 
     def plan(self, context: RoundContext) -> Plan:
         if context.batch_size > 1:
             return self.plan_batch([context])[0]
         # What follows is the reference of what C does in a tenth of the time. It asks for it where a round is out of the ordinary.
-        if self._core is not None and (usual := self._core.plan(context, self._running)) is not None:
+        if self._core is not None and (usual := self._core.plan(context, self._tokens, self._running)) is not None:
             return usual
         able = [o for o in context.outlooks if o.available > 0] if context.max_draft > 0 else []
         if not able:
@@ -150,7 +149,7 @@ class Pacer(Controller):
         if lane.arbiter.forbids:
             return FORBIDDEN
         # Deciding has a price, too: what clearly did not pay is left alone for some tokens.
-        able = [o for o in able if self._clock.tokens >= lane.rests(o.drafter).until(o.signal)]
+        able = [o for o in able if self._tokens >= lane.rests(o.drafter).until(o.signal)]
         if not able:
             return RESTING
         if lane.arbiter.wants_plain or self._needs_plain(1):
@@ -169,7 +168,7 @@ class Pacer(Controller):
                 return self._grant(context, offer, plain, lane, min(offer.num_draft, 2), probe=True)
         for offer in (best, *others):
             if offer.merit < CLEARLY_NOT:
-                lane.rests(offer.outlook.drafter).rest(offer.outlook.signal, self._clock.tokens + REST)
+                lane.rests(offer.outlook.drafter).rest(offer.outlook.signal, self._tokens + REST)
         if pays:
             return self._grant(context, best, plain, lane, best.num_draft, probe=False)
         return Plan(None, 0, self._why_plain(best, plain), 1.0, plain)
@@ -183,7 +182,7 @@ class Pacer(Controller):
 
     def _needs_plain(self, batch: int) -> bool:
         """Whether the price of a plain step, by which the bank charges rounds, must be seen: at once where the bank runs short."""
-        return (self._clock.tokens >= TRIAL or self._bank.is_short) and not self._costs.knows_plain(batch)
+        return (self._tokens >= TRIAL or self._bank.is_short) and not self._costs.knows_plain(batch)
 
     def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool:
         self._core = None  # C knows nothing of confidence
@@ -200,7 +199,7 @@ class Pacer(Controller):
         return worth_another(running.survival, features.position, running.rates, running.seconds, running.price)
 
     def observe(self, record: StepRecord) -> None:
-        self._clock.tokens += record.num_emitted
+        self._tokens += record.num_emitted
         self._finished.append(record)
         if record.batch_size > 1:
             due = 4 * record.batch_size if self._bank.saving_for > 0.0 else record.batch_size
@@ -227,7 +226,7 @@ class Pacer(Controller):
     def _take_in(self) -> None:
         """Settle all finished rounds, and learn from them."""
         finished, self._finished, self._renewing = self._finished, [], False
-        if self._core is None or not self._core.take_in(finished, self._running):
+        if self._core is None or not self._core.take_in(finished, self._tokens, self._running):
             self._take_in_reference(finished)
         self._set_due()
 
@@ -238,7 +237,7 @@ class Pacer(Controller):
             self._settle(rounds[0], longest) if is_speculative(rounds[0]) else self._settle_plain(rounds)
             for rounds in alike(finished)
         ]
-        self._learning.take(lessons, self._joint.prober)
+        self._learning.take(lessons, self._tokens, self._joint.prober)
         if self._core is not None:
             self._core.refresh()
 
@@ -338,7 +337,7 @@ class Pacer(Controller):
             return False
         drafter = offer.outlook.drafter
         doubt = self._quality.doubt(context.request_id, drafter, offer.rates[0], loss + self.options.margin)
-        return self._probes.due((context.task, drafter, offer.bucket), self._clock.tokens, loss, doubt)
+        return self._probes.due((context.task, drafter, offer.bucket), self._tokens, loss, doubt)
 
     def _grant(self, context: RoundContext, offer: Offer, plain: float, lane: Lane, wanted: int, *, probe: bool) -> Plan:
         """Let the bank shorten or refuse the draft, and write the plan."""
@@ -348,7 +347,7 @@ class Pacer(Controller):
         lend_reading(self._read, drafter, reading, plain, self._bank, lane.purse)
         num_draft = self._affordable(context, offer, plain, len(offer.rates) if stops else wanted)
         if num_draft == 0:
-            lane.rests(drafter).rest(offer.outlook.signal, self._clock.tokens + REST)
+            lane.rests(drafter).rest(offer.outlook.signal, self._tokens + REST)
             return Plan(None, 0, SAVING.reason, 1.0, plain)
         expected, emitted = min(num_draft, offer.num_draft), offer.emitted
         if expected < offer.num_draft:

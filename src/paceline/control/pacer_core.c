@@ -49,9 +49,9 @@ typedef struct {
 typedef struct {
     TimeBank *bank;
     Costs *costs;
-    Clock *clock;
     double margin;
     double emitted, seconds; /* of the plan */
+    int64_t tokens;          /* emitted so far */
     int64_t wanted_context, wanted_rows;
     Query query;
     Finished finished[MOST_FINISHED];
@@ -140,7 +140,7 @@ static int may_probe(const Core *core, const Offer *offer, double plain, double 
     double rate = offer->rates[0], gap = loss + core->margin;
     double variance = most(rate * (1.0 - rate), 0.01) / (own->weight + own->total);
     double doubt = exp(-gap * gap / (2.0 * variance));
-    return probe_due(offer->look->standing->probes[offer->bucket], core->clock->tokens, loss, doubt);
+    return probe_due(offer->look->standing->probes[offer->bucket], core->tokens, loss, doubt);
 }
 
 /* The longest draft, up to the wanted one, whose worst loss the bank grants, as a plan. */
@@ -155,7 +155,7 @@ static int64_t grant(Core *core, const Offer *offer, const double *raw, double p
     }
     if (k == 0) {
         bank_save_for(core->bank, worst - plain + 0.25 * plain, plain);
-        offer->look->standing->rests->until[place_of(offer->look->signal)] = core->clock->tokens + REST;
+        offer->look->standing->rests->until[place_of(offer->look->signal)] = core->tokens + REST;
         core->seconds = plain;
         return POOR;
     }
@@ -181,14 +181,15 @@ static int64_t choose(Core *core, Offer **offers, int64_t count, const double *r
             return grant(core, offers[i], raw, plain, offers[i]->num_draft < 2 ? offers[i]->num_draft : 2, PROBE);
     for (int64_t i = 0; i < count; i++)
         if (offers[i]->merit < CLEARLY_NOT)
-            offers[i]->look->standing->rests->until[place_of(offers[i]->look->signal)] = core->clock->tokens + REST;
+            offers[i]->look->standing->rests->until[place_of(offers[i]->look->signal)] = core->tokens + REST;
     if (pays) return grant(core, offers[0], raw, plain, offers[0]->num_draft, DRAFT);
     core->seconds = plain;
     return NOT_WORTH;
 }
 
 /* `Pacer.plan` of the query: what to do, tokens to draft (from bit 8) and which look's drafter (from bit 16). */
-int64_t paceline_pacer_plan(Core *core) {
+int64_t paceline_pacer_plan(Core *core, int64_t tokens) {
+    core->tokens = tokens;
     const Query *query = &core->query;
     const Costs *costs = core->costs;
     if (query->max_draft <= 0 || query->count == 0) return NOTHING;
@@ -201,17 +202,17 @@ int64_t paceline_pacer_plan(Core *core) {
     const MedianFactor *price = &costs->plain[1];
     int known = price->count >= TRUSTED, rest = 1;
     for (int64_t i = 0; i < query->count && rest; i++)
-        rest = core->clock->tokens < query->looks[i].standing->rests->until[place_of(query->looks[i].signal)];
+        rest = core->tokens < query->looks[i].standing->rests->until[place_of(query->looks[i].signal)];
     if (rest) return RESTING;
     if (query->lane->arbiter.plain_left > 0.001) return RENEW;
-    if ((core->clock->tokens >= TRIAL || bank_is_short(core->bank)) && !known) return RENEW;
+    if ((core->tokens >= TRIAL || bank_is_short(core->bank)) && !known) return RENEW;
     double plain = raw[0] * price->value, change = costs->scales.machine / costs->machine_at_plain;
     double now = plain * (change < 0.5 ? 0.5 : change > 2.0 ? 2.0 : change);
     Offer offers[MOST_LOOKS], *order[MOST_LOOKS];
     int64_t count = 0;
     for (int64_t i = 0; i < query->count; i++) {
         const Look *look = &query->looks[i];
-        if (core->clock->tokens < look->standing->rests->until[place_of(look->signal)]) continue;
+        if (core->tokens < look->standing->rests->until[place_of(look->signal)]) continue;
         Offer *offer = &offers[count];
         make_offer(core, look, raw, now, offer);
         if (count && offer->merit > order[0]->merit) {
@@ -223,6 +224,18 @@ int64_t paceline_pacer_plan(Core *core) {
         count++;
     }
     return choose(core, order, count, raw, plain, now);
+}
+
+/* The same of one look, in arguments: writing them down would take longer. */
+int64_t paceline_pacer_plan_one(
+    Core *core, int64_t tokens, const Lane *lane, const Standing *standing, WatchedShift *own, int64_t context, int64_t max_draft,
+    int64_t available, int64_t signal) {
+    core->query.lane = lane;
+    core->query.context = context;
+    core->query.max_draft = max_draft;
+    core->query.count = 1;
+    core->query.looks[0] = (Look){standing, own, available, signal};
+    return paceline_pacer_plan(core, tokens);
 }
 
 /* ---------- take in ---------- */
@@ -300,7 +313,7 @@ static const double *learn_quality(Core *core, const Lesson *lessons, int64_t co
     const Finished *first = lessons[0].record;
     const Standing *standing = first->standing;
     double labels[MOST_GIVEN], hits = 0.0, expected = 0.0, expected_before = 0.0;
-    int64_t now = core->clock->tokens, total = 0, tells[MOST_FINISHED];
+    int64_t now = core->tokens, total = 0, tells[MOST_FINISHED];
     for (int64_t i = 0; i < count; i++) {
         const Finished *record = lessons[i].record;
         int64_t bucket = signal_bucket(record->signal), known = tells[i] = labels_of(record, given, labels);
@@ -368,10 +381,10 @@ static void learn_speculative(Core *core, const Lesson *lesson) {
     if (bank_is_short(core->bank) && stale) record->lane->arbiter.plain_left = RENEWAL;
 }
 
-static int teaches_costs(Clock *clock, int speculative) {
+static int teaches_costs(Costs *costs, int speculative) {
     if (!speculative) return 1;
-    clock->drafted_rounds += 1;
-    return clock->drafted_rounds % LESSON == 0 || clock->drafted_rounds <= SETTLED;
+    costs->drafted_rounds += 1;
+    return costs->drafted_rounds % LESSON == 0 || costs->drafted_rounds <= SETTLED;
 }
 
 static void learn(Core *core, const Lesson *lessons, int64_t count) {
@@ -386,13 +399,14 @@ static void learn(Core *core, const Lesson *lessons, int64_t count) {
         const Finished *record = lesson->record;
         if (record->flags & WARMUP) continue;
         int speculative = record->standing != 0;
-        if (teaches_costs(core->clock, speculative)) speculative ? learn_speculative(core, lesson) : learn_plain(core, lesson);
+        if (teaches_costs(core->costs, speculative)) speculative ? learn_speculative(core, lesson) : learn_plain(core, lesson);
         arbiter_observe(&record->lane->arbiter, lesson->plain, lesson->emitted, lesson->seconds, speculative, lesson->rounds);
     }
 }
 
 /* `Pacer._take_in` of the first finished rounds. */
-int64_t paceline_pacer_take_in(Core *core, int64_t count) {
+int64_t paceline_pacer_take_in(Core *core, int64_t tokens, int64_t count) {
+    core->tokens = tokens;
     int64_t ready = check(core, count), num_lessons = 0;
     if (ready != DONE) return ready;
     Lesson lessons[MOST_FINISHED];

@@ -48,6 +48,7 @@ typedef struct {
     MedianFactor plain[ROW_BUCKETS];
     Line rest;
     double machine_at_plain, deviation;
+    int64_t drafted_rounds;
 } Costs;
 
 typedef struct {
@@ -74,10 +75,6 @@ typedef struct {
     double nodes;
     int64_t known;
 } Width;
-
-typedef struct {
-    int64_t tokens, drafted_rounds;
-} Clock;
 
 typedef struct {
     int64_t until[REST_SIGNALS];

@@ -261,12 +261,15 @@ class CostState(Structure):
         ("plain", MedianFactor * ROW_BUCKETS),
         ("rest", Line),
         *doubles("machine_at_plain", "deviation"),
+        *wholes("drafted_rounds"),
     )
     scales: Scales
     plain: Array[MedianFactor]
     rest: Line
     machine_at_plain: float
     deviation: float
+    drafted_rounds: int
+    """Speculative rounds of single sequences that could teach costs."""
 
 
 class LearnedCosts:
