@@ -33,6 +33,8 @@ _TEMPERATURE = re.compile(r"@\d\.\d$")
 _COOLING = 0.8
 """By how much, in log-odds, a temperature of 1 lowers the chance that a draw is the token that stood behind a match."""
 SURPRISE, ALARM = 8.0, 5.0
+POOL_DISCOUNT, POOL_WEIGHT = 0.99, 3.0
+"""Of pools: fading for each label, and labels that the prior counts for."""
 HALF_LIFE = 512.0
 """Tokens after which a request's evidence counts half, whether or not new evidence came."""
 
@@ -69,7 +71,24 @@ class PositionTable(Structure):
     """Number of positions that were ever observed."""
 
     def __init__(self, discount: float, prior: Sequence[float], weight: float) -> None:
-        super().__init__(tuple(rate * weight for rate in prior), (weight,) * POSITIONS, tuple(prior), discount)
+        super().__init__()
+        self.open(discount, prior, weight)
+
+    @classmethod
+    def unopened(cls) -> PositionTable:
+        """Room for a table whose prior is not asked for before the first labels come."""
+        return cls.__new__(cls)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has its prior."""
+        return self._discount > 0.0
+
+    def open(self, discount: float, prior: Sequence[float], weight: float) -> None:
+        """Begin with a prior that counts for `weight` labels a position."""
+        for j, rate in enumerate(prior):
+            self.hits[j], self.totals[j], self.means[j] = rate * weight, weight, rate
+        self._discount, self.seen = discount, 0
 
     def update(self, labels: Sequence[float]) -> None:
         """Count the labels of positions 1, 2, ... of one round."""
@@ -220,23 +239,22 @@ def _inside(rate: float) -> float:
 class AcceptanceModel:
     """All estimates of an engine.
 
-    pool_discount, request_discount: fading for each label; weight: labels that a request's prediction counts for.
+    request_discount: fading of a request's own labels; weight: labels that their prediction counts for.
     """
 
-    def __init__(self, pool_discount: float = 0.99, request_discount: float = 0.96, weight: float = 6.0) -> None:
-        self._pool_discount = pool_discount
+    def __init__(self, request_discount: float = 0.96, weight: float = 6.0) -> None:
         self._request_discount = request_discount
         self._weight = weight
         self._pools: dict[tuple[str, str, int], PositionTable] = {}
-        self.version = 0
-        """Changes with every pool that is new."""
         self._levels: dict[str, Shift] = {}
         self._requests: dict[int, dict[str, WatchedShift]] = {}
 
     def rates(self, request_id: int, task: str, drafter: str, bucket: int, count: int) -> list[float]:
         """Estimated chances a_1 .. a_count that a position is accepted, given that those before it were."""
-        pool = self._pools.get((task, drafter, bucket))
-        rates = (pool if pool is not None else self._new_pool(task, drafter, bucket)).rates(count)
+        pool = self.pool(task, drafter, bucket)
+        if pool is None:
+            pool = PositionTable(POOL_DISCOUNT, self._expected_rates(task, drafter, bucket), POOL_WEIGHT)
+        rates = pool.rates(count)
         shifts = self._requests.get(request_id)
         shift = shifts.get(drafter) if shifts is not None else None
         return shift.apply(rates) if shift is not None else rates
@@ -264,7 +282,8 @@ class AcceptanceModel:
                 continue
             pool = self.pool(task, drafter, bucket)
             if pool is None:
-                pool = self._keep(task, drafter, bucket, self._new_pool(task, drafter, bucket))
+                pool = self.room(task, drafter, bucket)
+                pool.open(POOL_DISCOUNT, self._expected_rates(task, drafter, bucket), POOL_WEIGHT)
             known, prior = len(labels), prior_rates(bucket, tag)
             count += known
             hits += add_up(labels)
@@ -278,7 +297,15 @@ class AcceptanceModel:
 
     def pool(self, task: str, drafter: str, bucket: int) -> PositionTable | None:
         """The pool of a bucket, once a round of it was counted."""
-        return self._pools.get((task, drafter, bucket))
+        pool = self._pools.get((task, drafter, bucket))
+        return pool if pool is not None and pool.is_open else None
+
+    def room(self, task: str, drafter: str, bucket: int) -> PositionTable:
+        """The pool of a bucket, or the place where it will be."""
+        pool = self._pools.get((task, drafter, bucket))
+        if pool is None:
+            pool = self._pools[(task, drafter, bucket)] = PositionTable.unopened()
+        return pool
 
     def own(self, request_id: int, drafter: str) -> WatchedShift:
         """A request's own odds against its pools: 1 before anything is known."""
@@ -295,7 +322,7 @@ class AcceptanceModel:
         key = drafter + temperature_tag(task)
         level = self._levels.get(key)
         if level is None:
-            level = self._levels[key] = Shift(self._pool_discount, self._weight)
+            level = self._levels[key] = Shift(POOL_DISCOUNT, self._weight)
         return level
 
     def forget(self, request_id: int) -> None:
@@ -314,6 +341,7 @@ class AcceptanceModel:
                 "seen": pool.seen,
             }
             for (task, drafter, bucket), pool in self._pools.items()
+            if pool.is_open
         ]
 
     def restore(self, pools: Sequence[dict[str, Any]], most: float = 10.0) -> None:
@@ -322,16 +350,12 @@ class AcceptanceModel:
             task, drafter, bucket = str(data["task"]), str(data["drafter"]), int(data["bucket"])
             if not 0 <= bucket < NUM_BUCKETS:
                 raise ValueError(f"acceptance counts: bucket {bucket} is not in [0, {NUM_BUCKETS})")
-            pool = self._new_pool(task, drafter, bucket)
+            pool = self.room(task, drafter, bucket)
+            pool.open(POOL_DISCOUNT, self._expected_rates(task, drafter, bucket), POOL_WEIGHT)
             pool.restore(data["hits"], data["totals"], data["seen"], most)
-            self._keep(task, drafter, bucket, pool)
 
-    def _keep(self, task: str, drafter: str, bucket: int, pool: PositionTable) -> PositionTable:
-        self.version += 1
-        self._pools[(task, drafter, bucket)] = pool
-        return pool
-
-    def _new_pool(self, task: str, drafter: str, bucket: int) -> PositionTable:
+    def _expected_rates(self, task: str, drafter: str, bucket: int) -> Sequence[float]:
+        """What is expected of a bucket before a round of it was counted."""
         tag = temperature_tag(task)
         prior, level = prior_rates(bucket, tag), self._levels.get(drafter + tag)
-        return PositionTable(self._pool_discount, level.apply(list(prior)) if level is not None else prior, 3.0)
+        return level.apply(list(prior)) if level is not None else prior

@@ -30,7 +30,10 @@ _MOST_LOOKS, _MOST_FINISHED, _MOST_LABELS, _MOST_GIVEN, _NUM_CURVES = 8, 32, 512
 """Room in C: drafters of a round, rounds taken in together, their labels in all and of one round, contexts with costs at hand."""
 _CONSTANTS: dict[str, float] = {
     **{name: getattr(bank, name) for name in ("FORGIVE_EVERY", "LONGEST_LOOK", "SAVED", "MOST_SAVED")},
-    **{name: getattr(acceptance, name) for name in ("POSITIONS", "NUM_BUCKETS", "ALARM", "HALF_LIFE")},
+    **{
+        name: getattr(acceptance, name)
+        for name in ("POSITIONS", "NUM_BUCKETS", "ALARM", "HALF_LIFE", "POOL_DISCOUNT", "POOL_WEIGHT")
+    },
     **{
         name: getattr(offers, name)
         for name in ("CLEARLY_NOT", "REST", "REST_SIGNALS", "DOUBLE_PROOF", "SUSPECT", "LEAST_ROW", "TRIAL")
@@ -155,7 +158,7 @@ class Core:
         self._labels = core.labels
         self._requests: dict[int, _Request] = {}
         self._standings: dict[tuple[str, str], _Standing] = {}
-        self._version, self._scale = quality.acceptance.version, costs.scale
+        self._scale = costs.scale
 
     def plan(self, context: RoundContext, tokens: int, running: dict[int, RunningDraft]) -> Plan | None:
         """As `Pacer.plan`. None: ask Python, where nothing was changed.
@@ -267,13 +270,6 @@ class Core:
             at += _ROUND.size
         return True
 
-    def refresh(self) -> None:
-        """Python has done something: there may be pools that are new."""
-        if self._version != self._quality.acceptance.version:
-            self._version = self._quality.acceptance.version
-            for (task, drafter), standing in self._standings.items():
-                self._find_pools(standing, task, drafter)
-
     def _meet(self, request_id: int, task: str) -> _Request | None:
         """Make a request known, unless its task is new."""
         lane = self._lanes.get((task, 0))
@@ -293,21 +289,15 @@ class Core:
 
     def _stand(self, request: _Request, drafter: str) -> _Standing:
         task, acceptance = request.task, self._quality.acceptance
-        standing = _Standing(
-            probes=tuple(addressof(self._probes.state((task, drafter, bucket))) for bucket in range(NUM_BUCKETS)),
+        return _Standing(
+            tuple(addressof(acceptance.room(task, drafter, bucket)) for bucket in range(NUM_BUCKETS)),
+            tuple(addressof(self._probes.state((task, drafter, bucket))) for bucket in range(NUM_BUCKETS)),
             line=addressof(self._costs.line(drafter)),
             level=addressof(acceptance.level(drafter, task)),
             width=addressof(self._quality.width(drafter)),
             rests=addressof(request.lane.rests(drafter)),
             prior=addressof(_prior_table(temperature_tag(task))),
         )
-        self._find_pools(standing, task, drafter)
-        return standing
-
-    def _find_pools(self, standing: _Standing, task: str, drafter: str) -> None:
-        for bucket in range(NUM_BUCKETS):
-            pool = self._quality.acceptance.pool(task, drafter, bucket)
-            standing.pools[bucket] = addressof(pool) if pool is not None else None
 
     def _fill_curve(self) -> None:
         """Hand over measured costs that C asked for."""

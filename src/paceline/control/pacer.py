@@ -238,8 +238,6 @@ class Pacer(Controller):
             for rounds in alike(finished)
         ]
         self._learning.take(lessons, self._tokens, self._joint.prober)
-        if self._core is not None:
-            self._core.refresh()
 
     def _settle(self, record: StepRecord, longest: int) -> Lesson:
         """Charge a speculative round to the banks, and make a lesson of it. longest: draft of the batch, in tokens."""
@@ -298,8 +296,6 @@ class Pacer(Controller):
         self._quality.restore(data)
         if self._quality.knows_confidence:
             self._core = None
-        elif self._core is not None:
-            self._core.refresh()
 
     def _lane(self, task: str, batch: int, plain: float) -> Lane:
         key = _lane_key(task, batch)

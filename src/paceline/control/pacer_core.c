@@ -11,7 +11,7 @@ enum { TRUNCATED = 1, PROBING = 2, WARMUP = 4 };
 
 /* A drafter in a task. */
 typedef struct {
-    PositionTable *pools[NUM_BUCKETS]; /* null: nothing was seen */
+    PositionTable *pools[NUM_BUCKETS];
     ProbeState *probes[NUM_BUCKETS];
     Line *line;
     Shift *level;
@@ -86,8 +86,9 @@ static void find_rates(const Look *look, int64_t bucket, int64_t count, double *
     const Standing *standing = look->standing;
     const PositionTable *pool = standing->pools[bucket];
     const double *prior = standing->prior + bucket * POSITIONS, odds = look->own->shift.odds;
+    int open = pool_is_open(pool);
     for (int64_t j = 0; j < count; j++) {
-        double rate = pool ? pool_rate(pool, j) : with_odds(prior[j < POSITIONS ? j : POSITIONS - 1], standing->level->odds);
+        double rate = open ? pool_rate(pool, j) : with_odds(prior[j < POSITIONS ? j : POSITIONS - 1], standing->level->odds);
         rates[j] = with_odds(rate, odds);
     }
     double width = standing->width->nodes;
@@ -254,8 +255,6 @@ static int64_t check(Core *core, int64_t count) {
         const Finished *record = &core->finished[i];
         if (rows_of(record) > EXACT_ROWS || record->accepted >= MOST_DRAFT) return ASK;
         if (!measured(core, record->context, rows_of(record))) return NEED_CURVE;
-        int learns = record->standing && !(record->flags & TRUNCATED) && (record->drafted || record->num_labels);
-        if (learns && !record->standing->pools[signal_bucket(record->signal)]) return ASK;
     }
     return DONE;
 }
@@ -321,6 +320,7 @@ static const double *learn_quality(Core *core, const Lesson *lessons, int64_t co
         if (!known) continue;
         PositionTable *pool = standing->pools[bucket];
         const double *prior = standing->prior + bucket * POSITIONS;
+        if (!pool_is_open(pool)) pool_begin(pool, prior, standing->level->odds);
         double sum = 0.0, rates = 0.0, before = 0.0;
         for (int64_t j = 0; j < known; j++) {
             sum += labels[j];

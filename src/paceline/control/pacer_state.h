@@ -279,9 +279,23 @@ static void line_learn(Line *line, double tokens, double seconds) {
 
 /* ---------- acceptance ---------- */
 
+static inline double with_odds(double rate, double odds) { return odds * rate / (1.0 + (odds - 1.0) * rate); }
+
 static double pool_rate(const PositionTable *pool, int64_t position) { /* from 0 */
     int64_t seen = pool->seen > 1 ? pool->seen : POSITIONS;
     return pool->means[position < seen ? position : seen - 1];
+}
+
+static inline int pool_is_open(const PositionTable *pool) { return pool->discount > 0.0; }
+
+static void pool_begin(PositionTable *pool, const double *prior, double odds) {
+    for (int j = 0; j < POSITIONS; j++) {
+        pool->means[j] = with_odds(prior[j], odds);
+        pool->hits[j] = pool->means[j] * POOL_WEIGHT;
+        pool->totals[j] = POOL_WEIGHT;
+    }
+    pool->discount = POOL_DISCOUNT;
+    pool->seen = 0;
 }
 
 static void pool_update(PositionTable *pool, const double *labels, int64_t count) {
@@ -293,8 +307,6 @@ static void pool_update(PositionTable *pool, const double *labels, int64_t count
     }
     if (count > pool->seen) pool->seen = count < POSITIONS ? count : POSITIONS;
 }
-
-static inline double with_odds(double rate, double odds) { return odds * rate / (1.0 + (odds - 1.0) * rate); }
 
 static inline double inside(double rate) { return rate < 0.002 ? 0.002 : rate > 0.998 ? 0.998 : rate; }
 

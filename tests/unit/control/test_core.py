@@ -167,7 +167,7 @@ def state_of(pacer: Pacer) -> dict[str, dict[object, bytes]]:
         "rests": {
             (key, name): state for key, lane in pacer._lanes.items() for name, state in flat(lane._rests).items() if state != rests
         },
-        "pools": flat(known._pools),
+        "pools": flat({key: pool for key, pool in known._pools.items() if pool.is_open}),
         "own": {
             (request, name): state
             for request, shifts in known._requests.items()
