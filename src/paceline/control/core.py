@@ -8,6 +8,7 @@ task, the first drafts at a level of evidence, and whatever has no room in C's a
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import addressof, c_double, c_int, c_int64, c_void_p
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from paceline.control.offers import FORBIDDEN, NOT_WORTH, NOTHING, RESTING, SAVI
 from paceline.control.pricing import CONTEXT_SHIFT, EXACT_ROWS, LearnedCosts
 from paceline.control.probing import ProbeSchedule
 from paceline.control.quality import DraftQuality
-from paceline.records import Outlook, Plan, StepRecord
+from paceline.records import Plan, StepRecord
 
 _MOST_LOOKS, _MOST_FINISHED, _MOST_LABELS, _MOST_GIVEN, _NUM_CURVES = 8, 32, 512, 64, 8
 """Room in C: drafters of a round, rounds taken in together, their labels in all and of one round, contexts with costs at hand."""
@@ -83,8 +84,8 @@ class _Curve(ctypes.Structure):
 
 class _Core(ctypes.Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("bank", "costs")),
-        *((name, c_double) for name in ("margin", "emitted", "seconds")),
+        *((name, c_void_p) for name in ("bank", "costs", "told")),
+        ("margin", c_double),
         *((name, c_int64) for name in ("tokens", "wanted_context", "wanted_rows")),
         ("query", c_int64 * (4 + _LOOK * _MOST_LOOKS)),
         ("finished", ctypes.c_char * (_ROUND.size * _MOST_FINISHED)),
@@ -146,7 +147,9 @@ class Core:
     ) -> None:
         self._costs, self._quality, self._probes, self._lanes = costs, quality, probes, lanes
         self._bank = safe  # kept alive
-        self._core = core = _Core(addressof(safe), addressof(costs.state), margin)
+        self._told = array("d", (0.0, 0.0))
+        """Expected tokens and seconds of the plan that C made last."""
+        self._core = core = _Core(addressof(safe), addressof(costs.state), self._told.buffer_info()[0], margin)
         for curve in core.curves:
             curve.context = -1
         self._plan: Callable[..., int] = library.paceline_pacer_plan
@@ -166,40 +169,39 @@ class Core:
         tokens: emitted so far; running: the drafts of requests, to note this one in.
         """
         request = self._requests.get(context.request_id) or self._meet(context.request_id, context.task)
-        if request is None:
+        length, most = context.context_length, context.max_draft
+        entry: _Entry | None
+        if request is None or most >= EXACT_ROWS:
             return None
-        able: list[tuple[_Entry, Outlook]] = []
-        for outlook in context.outlooks:
-            if outlook.available > 0:
-                if outlook.catch_up:
-                    return None
-                entry = request.entries.get(outlook.drafter) or self._enter(context.request_id, request, outlook.drafter)
-                able.append((entry, outlook))
-        if len(able) > _MOST_LOOKS or context.max_draft >= EXACT_ROWS:
-            return None
-        found = self._decide(context, request.lane_at, tokens, able)
+        if (
+            len(context.outlooks) == 1 and (outlook := context.outlooks[0]).available > 0
+        ):  # the usual case, for which lists are dear
+            entry = request.entries.get(outlook.drafter) or self._enter(context.request_id, request, outlook.drafter)
+            if outlook.catch_up:
+                return None
+            at, standing, own = request.lane_at, entry.standing, entry.own
+            found = self._plan_one(self._at, tokens, at, standing, own, length, most, outlook.available, outlook.signal)
+        else:
+            able = [o for o in context.outlooks if o.available > 0]
+            if len(able) > _MOST_LOOKS or any(o.catch_up for o in able):
+                return None
+            entries = [request.entries.get(o.drafter) or self._enter(context.request_id, request, o.drafter) for o in able]
+            looks = [value for e, o in zip(entries, able, strict=True) for value in (e.standing, e.own, o.available, o.signal)]
+            self._core.query[: 4 + len(looks)] = [request.lane_at, length, most, len(able), *looks]
+            found = self._plan(self._at, tokens)
+            entry = entries[found >> 16] if entries else None
         if found == _NEED_CURVE:
             self._fill_curve()
-            found = self._decide(context, request.lane_at, tokens, able)
+            return self.plan(context, tokens, running)
         kind = found & 0xFF
-        if kind >= _DRAFT:
-            core, chosen = self._core, able[found >> 16][0].running
-            running[context.request_id] = chosen
+        if kind >= _DRAFT and entry is not None:
+            running[context.request_id] = chosen = entry.running
             verb = "drafting" if kind == _DRAFT else "probing"
-            return Plan(chosen.drafter, found >> 8 & 0xFF, verb, core.emitted, core.seconds, kind == _PROBE)
+            emitted, seconds = self._told
+            return Plan(chosen.drafter, found >> 8 & 0xFF, verb, emitted, seconds, kind == _PROBE)
         if kind >= _POOR:
-            return Plan(None, 0, _WHY_PLAIN[kind], 1.0, self._core.seconds)
+            return Plan(None, 0, _WHY_PLAIN[kind], 1.0, self._told[1])
         return _ALWAYS.get(kind)
-
-    def _decide(self, context: RoundContext, lane: int, tokens: int, able: Sequence[tuple[_Entry, Outlook]]) -> int:
-        length, most = context.context_length, context.max_draft
-        if len(able) == 1:  # the usual case
-            ((entry, outlook),) = able
-            standing, own = entry.standing, entry.own
-            return self._plan_one(self._at, tokens, lane, standing, own, length, most, outlook.available, outlook.signal)
-        looks = [value for entry, o in able for value in (entry.standing, entry.own, o.available, o.signal)]
-        self._core.query[: 4 + len(looks)] = [lane, length, most, len(able), *looks]
-        return self._plan(self._at, tokens)
 
     def take_in(self, records: Sequence[StepRecord], tokens: int, running: dict[int, RunningDraft]) -> bool:
         """As `Pacer._take_in`. False: ask Python, where nothing was changed."""

@@ -49,9 +49,9 @@ typedef struct {
 typedef struct {
     TimeBank *bank;
     Costs *costs;
+    double *told; /* expected tokens and seconds of the plan */
     double margin;
-    double emitted, seconds; /* of the plan */
-    int64_t tokens;          /* emitted so far */
+    int64_t tokens; /* emitted so far */
     int64_t wanted_context, wanted_rows;
     Query query;
     Finished finished[MOST_FINISHED];
@@ -157,19 +157,19 @@ static int64_t grant(Core *core, const Offer *offer, const double *raw, double p
     if (k == 0) {
         bank_save_for(core->bank, worst - plain + 0.25 * plain, plain);
         offer->look->standing->rests->until[place_of(offer->look->signal)] = core->tokens + REST;
-        core->seconds = plain;
+        core->told[1] = plain;
         return POOR;
     }
     int64_t expected = k < offer->num_draft ? k : offer->num_draft;
-    core->emitted = offer->emitted;
+    core->told[0] = offer->emitted;
     if (expected < offer->num_draft) {
-        double survival = core->emitted = 1.0;
+        double survival = core->told[0] = 1.0;
         for (int64_t j = 0; j < expected; j++) {
             survival *= offer->rates[j];
-            core->emitted += survival;
+            core->told[0] += survival;
         }
     }
-    core->seconds = offer->seconds[expected];
+    core->told[1] = offer->seconds[expected];
     return kind | k << 8 | (offer->look - core->query.looks) << 16;
 }
 
@@ -184,7 +184,7 @@ static int64_t choose(Core *core, Offer **offers, int64_t count, const double *r
         if (offers[i]->merit < CLEARLY_NOT)
             offers[i]->look->standing->rests->until[place_of(offers[i]->look->signal)] = core->tokens + REST;
     if (pays) return grant(core, offers[0], raw, plain, offers[0]->num_draft, DRAFT);
-    core->seconds = plain;
+    core->told[1] = plain;
     return NOT_WORTH;
 }
 
