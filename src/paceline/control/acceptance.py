@@ -14,7 +14,8 @@ import math
 import re
 from collections.abc import Sequence
 from ctypes import Array, Structure, c_double
-from functools import cache
+from functools import cache, lru_cache, reduce
+from operator import add
 from typing import Any
 
 from paceline.control.shared import doubles, wholes
@@ -44,6 +45,7 @@ def signal_bucket(signal: int) -> int:
     return max(signal, 0) if signal <= 8 else 9 if signal <= 16 else 10
 
 
+@lru_cache(maxsize=256)
 def temperature_tag(task: str) -> str:
     """The part of a task's tag that tells its temperature; empty for greedy decoding."""
     found = _TEMPERATURE.search(task)
@@ -55,51 +57,61 @@ def observed_labels(record: StepRecord) -> tuple[float, ...]:
     return () if record.truncated else record.labels
 
 
-class PositionTable(Structure):
-    """Discounted counts for each position, `a_j = s_j / n_j`; positions 1, 2, ... are kept from index 0."""
+class PoolState(Structure):
+    """The numbers of a `PositionTable`."""
 
     _fields_ = (
         *((name, c_double * POSITIONS) for name in ("hits", "totals", "means")),
-        *doubles("_discount"),
+        *doubles("discount"),
         *wholes("seen"),
     )
     hits: Array[c_double]
     totals: Array[c_double]
     means: Array[c_double]
-    _discount: float
+    discount: float
+    """0: it has no prior yet."""
     seen: int
-    """Number of positions that were ever observed."""
 
-    def __init__(self, discount: float, prior: Sequence[float], weight: float) -> None:
-        super().__init__()
+
+class PositionTable:
+    """Discounted counts for each position, `a_j = s_j / n_j`; positions 1, 2, ... are kept from index 0.
+
+    Without a prior it is room for one, which is not asked for before the first labels come.
+    """
+
+    __slots__ = ("hits", "means", "state", "totals")
+
+    def __init__(self, discount: float = 0.0, prior: Sequence[float] = (), weight: float = 0.0) -> None:
+        self.state = state = PoolState()
+        self.hits, self.totals, self.means = state.hits, state.totals, state.means
         self.open(discount, prior, weight)
-
-    @classmethod
-    def unopened(cls) -> PositionTable:
-        """Room for a table whose prior is not asked for before the first labels come."""
-        return cls.__new__(cls)
 
     @property
     def is_open(self) -> bool:
         """Whether it has its prior."""
-        return self._discount > 0.0
+        return self.state.discount > 0.0
+
+    @property
+    def seen(self) -> int:
+        """Number of positions that were ever observed."""
+        return self.state.seen
 
     def open(self, discount: float, prior: Sequence[float], weight: float) -> None:
         """Begin with a prior that counts for `weight` labels a position."""
         for j, rate in enumerate(prior):
             self.hits[j], self.totals[j], self.means[j] = rate * weight, weight, rate
-        self._discount, self.seen = discount, 0
+        self.state.discount, self.state.seen = discount, 0
 
     def update(self, labels: Sequence[float]) -> None:
         """Count the labels of positions 1, 2, ... of one round."""
-        keep, hits, totals, means = self._discount, self.hits, self.totals, self.means
+        keep, hits, totals, means = self.state.discount, self.hits, self.totals, self.means
         for j, label in enumerate(labels):
             slot = j if j < POSITIONS else POSITIONS - 1
-            hits[slot] = keep * hits[slot] + label
-            totals[slot] = keep * totals[slot] + 1.0
-            means[slot] = hits[slot] / totals[slot]
-        if len(labels) > self.seen:
-            self.seen = min(len(labels), POSITIONS)
+            hits[slot] = hit = keep * hits[slot] + label
+            totals[slot] = total = keep * totals[slot] + 1.0
+            means[slot] = hit / total
+        if len(labels) > self.state.seen:
+            self.state.seen = min(len(labels), POSITIONS)
 
     def rates(self, count: int) -> list[float]:
         """a_1 .. a_count; a position beyond anything seen takes the last one seen (of two at least: a first one differs)."""
@@ -116,15 +128,12 @@ class PositionTable(Structure):
             self.means[j] = min(max(hit / total, 0.0), 1.0)
             self.totals[j] = min(total, most)
             self.hits[j] = self.means[j] * self.totals[j]
-        self.seen = seen
+        self.state.seen = seen
 
 
 def add_up(values: Sequence[float]) -> float:
     """Their sum, one after another: `sum` rounds otherwise in newer versions of Python, and C must come to the same bits."""
-    added = 0.0
-    for value in values:
-        added += value
-    return added
+    return reduce(add, values, 0.0)
 
 
 def with_odds(rates: Sequence[float], odds: float) -> list[float]:
@@ -153,16 +162,20 @@ class Shift(Structure):
 
     def update(self, count: int, hits: float, expected: float, now: int = 0) -> None:
         """Count labels by their number, sum and predicted sum; now: emitted tokens, for ageing."""
-        keep = self._discount**count
-        if now != self._last:
-            keep *= 0.5 ** ((now - self._last) / HALF_LIFE)
+        keep, last, weight = self._discount**count, self._last, self._weight
+        if now != last:
+            keep *= 0.5 ** ((now - last) / HALF_LIFE)
             self._last = now
-        self._hits = keep * self._hits + hits
-        self._expected = keep * self._expected + expected
+        self._hits = hits = keep * self._hits + hits
+        self._expected = expected = keep * self._expected + expected
         self.total = total = keep * self.total + count
-        mean = _inside(self._expected / total)
-        seen = _inside((self._hits + self._weight * mean) / (total + self._weight))
+        mean = _inside(expected / total)
+        seen = _inside((hits + weight * mean) / (total + weight))
         self.odds = seen * (1.0 - mean) / ((1.0 - seen) * mean)
+
+    def begin(self, total: float, hits: float, expected: float) -> None:
+        """Forget all labels but these."""
+        self.total, self._hits, self._expected = total, hits, expected
 
     def apply(self, rates: list[float]) -> list[float]:
         """The rates with their odds multiplied."""
@@ -185,14 +198,15 @@ class _Run(Structure):
 
     def speaks_for_change(self, count: int, hits: float, expected: float, believed: float) -> bool:
         """Count labels; believed: their chance without the change. True when the run is e^5 times likelier with it."""
-        self._score += hits * self._log_factor - count * math.log(1.0 + (self._factor - 1.0) * believed)
-        if self._score <= 0.0:
+        score = self._score + (hits * self._log_factor - count * math.log(1.0 + (self._factor - 1.0) * believed))
+        if score <= 0.0:
             self.restart()
             return False
+        self._score = score
         self.hits += hits
         self.expected += expected
         self.count += count
-        return self._score > ALARM
+        return score > ALARM
 
     def restart(self) -> None:
         """Begin with no labels."""
@@ -200,27 +214,48 @@ class _Run(Structure):
         self.count = 0
 
 
-class WatchedShift(Shift):
+class WatchedState(Structure):
+    """The numbers of a `WatchedShift`."""
+
+    _fields_ = (("shift", Shift), ("runs", _Run * 2))
+    shift: Shift
+    runs: Array[_Run]
+
+
+class WatchedShift:
     """A shift that forgets what was before when labels run against all expectation: Page's test in both directions."""
 
-    _fields_ = (("_runs", _Run * 2),)
-    _runs: Array[_Run]
+    __slots__ = ("_runs", "_shift", "state")
 
     def __init__(self, discount: float, weight: float) -> None:
-        super().__init__(discount, weight)
-        self._runs[0], self._runs[1] = _Run(1.0 / SURPRISE), _Run(SURPRISE)
+        self.state = WatchedState(Shift(discount, weight), (_Run(1.0 / SURPRISE), _Run(SURPRISE)))
+        self._shift, self._runs = self.state.shift, self.state.runs[:]
+
+    @property
+    def odds(self) -> float:
+        """As in `Shift`."""
+        return self._shift.odds
+
+    @property
+    def total(self) -> float:
+        """As in `Shift`."""
+        return self._shift.total
 
     def update(self, count: int, hits: float, expected: float, now: int = 0) -> None:
         """As `Shift.update`."""
-        mean = _inside(expected / count)
-        believed = self.odds * mean / (1.0 + (self.odds - 1.0) * mean)
+        mean, odds = _inside(expected / count), self._shift.odds
+        believed = odds * mean / (1.0 + (odds - 1.0) * mean)
         for run in self._runs:
             if run.speaks_for_change(count, hits, expected, believed):
-                self._hits, self._expected, self.total = run.hits - hits, run.expected - expected, run.count - count
+                self._shift.begin(run.count - count, run.hits - hits, run.expected - expected)
                 for each in self._runs:
                     each.restart()
                 break
-        super().update(count, hits, expected, now)
+        self._shift.update(count, hits, expected, now)
+
+    def apply(self, rates: list[float]) -> list[float]:
+        """As `Shift.apply`."""
+        return self._shift.apply(rates)
 
 
 @cache
@@ -304,7 +339,7 @@ class AcceptanceModel:
         """The pool of a bucket, or the place where it will be."""
         pool = self._pools.get((task, drafter, bucket))
         if pool is None:
-            pool = self._pools[(task, drafter, bucket)] = PositionTable.unopened()
+            pool = self._pools[(task, drafter, bucket)] = PositionTable()
         return pool
 
     def own(self, request_id: int, drafter: str) -> WatchedShift:

@@ -285,14 +285,14 @@ class Core:
         standing = self._standings.get((request.task, drafter))
         if standing is None:
             standing = self._standings[request.task, drafter] = self._stand(request, drafter)
-        own = addressof(self._quality.acceptance.own(request_id, drafter))
+        own = addressof(self._quality.acceptance.own(request_id, drafter).state)
         entry = request.entries[drafter] = _Entry(addressof(standing), own, RunningDraft(drafter, request.task))
         return entry
 
     def _stand(self, request: _Request, drafter: str) -> _Standing:
         task, acceptance = request.task, self._quality.acceptance
         return _Standing(
-            tuple(addressof(acceptance.room(task, drafter, bucket)) for bucket in range(NUM_BUCKETS)),
+            tuple(addressof(acceptance.room(task, drafter, bucket).state) for bucket in range(NUM_BUCKETS)),
             tuple(addressof(self._probes.state((task, drafter, bucket))) for bucket in range(NUM_BUCKETS)),
             line=addressof(self._costs.line(drafter)),
             level=addressof(acceptance.level(drafter, task)),

@@ -125,15 +125,16 @@ class Scales(Structure):
 
     def update(self, rows: int, ratio: float, weight: float = 1.0) -> None:
         """Take in seen over predicted time. weight: share of a round that a record of a batch stands for."""
-        bucket = rows_bucket(rows)
-        surprise = ratio / (self.machine * self._rows[bucket])
+        bucket, machine, seen, factors, counts = rows_bucket(rows), self.machine, self._seen, self._rows, self._counts
+        factor, count = factors[bucket], counts[bucket]
+        surprise = ratio / (machine * factor)
         surprise = min(max(surprise, 1.0 / OUTLIER), OUTLIER)
-        common = min(weight * max(0.1, 0.6 / (1.0 + 0.25 * self._seen)), 0.6)
-        own = min(weight * max(0.05, 0.3 / (1.0 + 0.5 * self._counts[bucket])), 0.3)
-        self.machine *= surprise**common
-        self._rows[bucket] *= surprise**own
-        self._seen += weight
-        self._counts[bucket] += weight
+        common = min(weight * max(0.1, 0.6 / (1.0 + 0.25 * seen)), 0.6)
+        own = min(weight * max(0.05, 0.3 / (1.0 + 0.5 * count)), 0.3)
+        self.machine = machine * surprise**common
+        factors[bucket] = factor * surprise**own
+        self._seen = seen + weight
+        counts[bucket] = count + weight
         self.moved += (common + own) * abs(surprise - 1.0)
 
 
@@ -183,7 +184,7 @@ class Line(Structure):
         super().__init__(fixed, per_token, fixed, per_token)
         if weight > 0.0:
             for tokens in (1, 8):
-                self._add(tokens, fixed + per_token * tokens, weight / 2.0)
+                self._guessed(tokens, fixed + per_token * tokens, weight / 2.0)
 
     def worst(self, tokens: int) -> float:
         """The larger of what was guessed and what was learnt."""
@@ -191,25 +192,23 @@ class Line(Structure):
 
     def learn(self, tokens: int, seconds: float) -> None:
         """Count a round."""
-        if self._w > 8.0:
+        w, keep = self._w, 0.95
+        if w > 8.0:
             # Settled: one outlier must not bend the line.
             seconds = min(seconds, OUTLIER * (self.fixed + self.per_token * tokens) + 1e-5)
-        keep = 0.95
-        self._w *= keep
-        self._n *= keep
-        self._nn *= keep
-        self._t *= keep
-        self._nt *= keep
-        self._add(tokens, max(0.0, seconds), 1.0)
+        seconds = max(0.0, seconds)
+        self._w = w = w * keep + 1.0
+        self._n = n = self._n * keep + tokens
+        self._nn = nn = self._nn * keep + tokens * tokens
+        self._t = t = self._t * keep + seconds
+        self._nt = nt = self._nt * keep + tokens * seconds
         # Rounds of one length cannot tell the slope: it stays near the guess, unless that is impossible.
-        spread = self._nn - self._n * self._n / self._w + 1.0
-        slope = (self._nt - self._n * self._t / self._w + self._guess_each) / spread
-        self.per_token = slope if slope > 0.0 else 0.0
-        self.fixed = (self._t - self.per_token * self._n) / self._w
-        if self.fixed < 0.0:
-            self.fixed, self.per_token = 0.0, self._t / self._n
+        slope = (nt - n * t / w + self._guess_each) / (nn - n * n / w + 1.0)
+        each = slope if slope > 0.0 else 0.0
+        fixed = (t - each * n) / w
+        self.fixed, self.per_token = (0.0, t / n) if fixed < 0.0 else (fixed, each)
 
-    def _add(self, tokens: int, seconds: float, weight: float) -> None:
+    def _guessed(self, tokens: int, seconds: float, weight: float) -> None:
         self._w += weight
         self._n += weight * tokens
         self._nn += weight * tokens * tokens

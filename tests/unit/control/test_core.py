@@ -158,7 +158,7 @@ def flat(states: Mapping[object, ctypes.Structure] | Iterable[tuple[object, ctyp
 def state_of(pacer: Pacer) -> dict[str, dict[object, bytes]]:
     """All that was learnt. What stands as it began may be there or not."""
     known = pacer._quality.acceptance
-    level, own, rests = bytes(acceptance.Shift(0.99, 6.0)), bytes(acceptance.WatchedShift(0.96, 6.0)), bytes(offers.Rests())
+    level, own, rests = bytes(acceptance.Shift(0.99, 6.0)), bytes(acceptance.WatchedShift(0.96, 6.0).state), bytes(offers.Rests())
     width = bytes(quality.Width())
     return {
         "banks": flat({"bank": pacer._bank}),
@@ -167,11 +167,11 @@ def state_of(pacer: Pacer) -> dict[str, dict[object, bytes]]:
         "rests": {
             (key, name): state for key, lane in pacer._lanes.items() for name, state in flat(lane._rests).items() if state != rests
         },
-        "pools": flat({key: pool for key, pool in known._pools.items() if pool.is_open}),
+        "pools": flat({key: pool.state for key, pool in known._pools.items() if pool.is_open}),
         "own": {
             (request, name): state
             for request, shifts in known._requests.items()
-            for name, state in flat(shifts).items()
+            for name, state in flat({name: shift.state for name, shift in shifts.items()}).items()
             if state != own
         },
         "levels": {key: state for key, state in flat(known._levels).items() if state != level},
@@ -244,7 +244,7 @@ def counted(name: str, method: Callable[..., object], calls: list[str]) -> Calla
 
 def test_structures_are_laid_out_alike() -> None:
     assert not isinstance(LIBRARY, str)
-    ours = (core._Core, core._Standing, offers.LaneState, pricing.CostState, acceptance.PositionTable, acceptance.WatchedShift)
+    ours = (core._Core, core._Standing, offers.LaneState, pricing.CostState, acceptance.PoolState, acceptance.WatchedState)
     assert [LIBRARY.paceline_pacer_size(i) for i in range(len(ours))] == [ctypes.sizeof(each) for each in ours]
 
 
