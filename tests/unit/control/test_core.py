@@ -38,6 +38,7 @@ class World:
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
+        self.load = (1.0, 0.8)[self.seed % 2]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -50,7 +51,7 @@ class World:
         return ((0.6, 0.8, 0.95), (0.0, 0.0, 0.05), (1.0,), (0.0, 0.05, 0.3, 0.6, 0.8, 1.0))[self.seed % 4]
 
     def table(self) -> CostTable:
-        step, cliff = ((0.1, 6.0), (0.8, 2.0), (3.0, 60.0))[self.seed % 3]
+        step, cliff = ((0.1, 6.0), (0.8, 2.0), (3.0, 60.0), (1.0, 20.0), (1.0, 30.0))[self.seed % 5]
         verify = [[base + step * rows + (cliff if rows > 5 else 0.0) for rows in range(24)] for base in (10.0, 14.0)]
         drafters = {"tree": DraftCost(0.02 * MS), "chain": DraftCost(0.4 * MS, 0.2 * MS, 0.05 * MS)}
         return CostTable(list(range(1, 25)), [0, 2048], [[MS * ms for ms in line] for line in verify], 0.1 * MS, drafters)
@@ -75,7 +76,7 @@ class World:
         if rng.random() < 0.01:
             self.chance = rng.choice(self.chances)
         if rng.random() < 0.01:
-            self.load, self.draft_load = rng.choice((0.3, 0.7, 1.0, 1.0, 1.3, 3.0)), rng.choice((1.0, 1.0, 4.0))
+            self.load, self.draft_load = rng.choice((0.3, 0.7, 0.93, 1.0, 1.08, 3.0)), rng.choice((1.0, 1.0, 4.0))
 
     def record(self, context: RoundContext, plan: Plan, costs: CostTable, rows: int) -> StepRecord:
         rng, batch = self.rng, context.batch_size
@@ -118,7 +119,18 @@ class World:
 
 
 def make(seed: int) -> Pacer:
-    return Pacer(PacerOptions(start=4.0 if seed % 3 else 30.0), World(seed).table())
+    return Pacer(PacerOptions(eps=(0.009, 0.05)[seed % 2], start=(30.0, 4.0, 1.5)[seed % 3]), World(seed).table())
+
+
+def nudge(rng: random.Random, pacers: tuple[Pacer, Pacer]) -> None:
+    """Bring both near thresholds that hardly a stream of rounds comes by."""
+    slack, change, value, deviation = rng.uniform(-0.5, 1.5), rng.uniform(0.85, 1.15), rng.uniform(0.7, 1.1), rng.uniform(0.0, 0.3)
+    for pacer in pacers:
+        bank, costs = pacer._bank, pacer._costs.state
+        bank.slack = slack * bank._start * bank._opened_at
+        costs.machine_at_plain = change * costs.scales.machine
+        for lane in pacer._lanes.values():
+            lane.arbiter._estimate.value, lane.arbiter._estimate.deviation = value, deviation
 
 
 def run(seed: int, pacers: tuple[Pacer, Pacer], rounds: int = ROUNDS) -> list[str]:
@@ -129,6 +141,8 @@ def run(seed: int, pacers: tuple[Pacer, Pacer], rounds: int = ROUNDS) -> list[st
         world.wander()
         rng = world.rng
         batch = 3 if rng.random() < 0.01 else 1
+        if rng.random() < 0.05:
+            nudge(rng, pacers)
         contexts = world.contexts(batch)
         unseen, other_unseen = (p.plan_unseen(world.task, batch) for p in pacers)
         plans, other = ([unseen] * batch, [other_unseen] * batch) if unseen else (p.plan_batch(contexts) for p in pacers)
@@ -202,10 +216,10 @@ def differing_verdicts(seed: int) -> list[str]:
     outlook = Outlook("tree", 1, 17)
     for number in range(1500):
         context = RoundContext(0, 100, 1, (outlook,))
-        if number % 64 == 0:
-            worth = rng.uniform(0.8, 1.0)
+        if number % (8 if seed > 3 else 32) == 0:
+            worth = rng.uniform(*((0.8, 1.0), (0.4, 1.4), (0.8, 1.0), (0.4, 1.4), (0.92, 1.1), (0.97, 1.04))[seed])
         seconds = 10.0 * MS / worth * rng.uniform(0.8, 1.2)
-        plan = Plan("tree", 1, expected_seconds=seconds) if number > 10 else Plan(None, 0)
+        plan = Plan("tree", 1, expected_seconds=seconds) if number > 10 and (seed < 4 or number % 16) else Plan(None, 0)
         made = World(seed).record(context, plan, World(seed).table(), 1 + plan.num_draft)
         shown = {"num_accepted": 0, "num_emitted": 1, "acceptance": (), "truncated": False, "round_seconds": seconds}
         for pacer in pacers:
@@ -216,7 +230,7 @@ def differing_verdicts(seed: int) -> list[str]:
     return [part for part in ours if ours[part] != theirs[part]]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(6))
 def test_verdicts_on_rounds_that_barely_lose_are_those_of_the_reference(seed: int) -> None:
     assert differing_verdicts(seed) == []
 
