@@ -21,14 +21,19 @@ from paceline import compiled
 from paceline.control import acceptance, arbiter, bank, learning, offers, pricing, probing
 from paceline.control.acceptance import NUM_BUCKETS, POSITIONS, prior_rates, temperature_tag
 from paceline.control.base import RoundContext
+from paceline.control.followed import EXACT_ROWS
 from paceline.control.offers import FORBIDDEN, NOT_WORTH, NOTHING, RESTING, SAVING, Lane, RunningDraft
-from paceline.control.pricing import CONTEXT_SHIFT, EXACT_ROWS, LearnedCosts
+from paceline.control.pricing import CONTEXT_SHIFT, LearnedCosts
 from paceline.control.probing import ProbeSchedule
 from paceline.control.quality import DraftQuality
 from paceline.records import Plan, StepRecord
 
 _MOST_LOOKS, _MOST_FINISHED, _MOST_LABELS, _MOST_GIVEN, _NUM_CURVES = 8, 32, 512, 64, 8
 """Room in C: drafters of a round, rounds taken in together, their labels in all and of one round, contexts with costs at hand."""
+_ASK, _NEED_CURVE, _DONE, _NOTHING, _SAVING, _FORBIDDEN, _RESTING, _RENEW, _POOR, _NOT_WORTH, _DRAFT, _PROBE = range(12)
+"""Answers of C. From `_POOR` on they come with seconds, from `_DRAFT` on with a draft."""
+_TRUNCATED, _PROBING, _WARMUP = 1, 2, 4
+"""Flags of finished rounds."""
 _CONSTANTS: dict[str, float] = {
     **{name: getattr(bank, name) for name in ("FORGIVE_EVERY", "LONGEST_LOOK", "SAVED", "MOST_SAVED")},
     **{
@@ -52,18 +57,31 @@ _CONSTANTS: dict[str, float] = {
     "MOST_LABELS": _MOST_LABELS,
     "MOST_GIVEN": _MOST_GIVEN,
     "NUM_CURVES": _NUM_CURVES,
+    "ASK": _ASK,
+    "NEED_CURVE": _NEED_CURVE,
+    "DONE": _DONE,
+    "NOTHING": _NOTHING,
+    "SAVING_UP": _SAVING,
+    "FORBIDDEN": _FORBIDDEN,
+    "RESTING": _RESTING,
+    "RENEW": _RENEW,
+    "POOR": _POOR,
+    "NOT_WORTH": _NOT_WORTH,
+    "DRAFT": _DRAFT,
+    "PROBE": _PROBE,
+    "TRUNCATED": _TRUNCATED,
+    "PROBING": _PROBING,
+    "WARMUP": _WARMUP,
 }
 """Stand once, in Python, and reach C as definitions."""
 _SOURCES = compiled.Sources(
     name="pacer",
     folder=Path(__file__).parent,
-    files=("pacer_core.c", "pacer_state.h"),
+    files=("pacer_core.c", "pacer_core.h", "pacer_plan.h", "pacer_state.h"),
     flags=("-O2", "-ffp-contract=off", *(f"-D{name}={value!r}" for name, value in _CONSTANTS.items())),
     libraries=("-lm",),
     abi=("paceline_pacer_abi", 1),
 )
-_NEED_CURVE, _DONE, _NOTHING, _SAVING, _FORBIDDEN, _RESTING, _RENEW, _POOR, _NOT_WORTH, _DRAFT, _PROBE = range(1, 12)
-_TRUNCATED, _PROBING, _WARMUP = 1, 2, 4
 _ALWAYS = {_NOTHING: NOTHING, _SAVING: SAVING, _FORBIDDEN: FORBIDDEN, _RESTING: RESTING}
 _WHY_PLAIN = {_POOR: SAVING.reason, _NOT_WORTH: NOT_WORTH}
 _LOOK = 4

@@ -1,5 +1,5 @@
-/* What the pacer knows, as the structures of `bank.py`, `arbiter.py`, `probing.py`, `pricing.py`, `acceptance.py`, `quality.py` and
- * `offers.py` lay it out, with twins of their methods. The Python methods are the reference and work on the same memory: change both,
+/* What the pacer knows, as the structures of `bank.py`, `arbiter.py`, `probing.py`, `followed.py`, `pricing.py`, `acceptance.py`,
+ * `quality.py` and `offers.py` lay it out, with twins of their methods. The Python methods are the reference and work on the same memory: change both,
  * operation by operation, since they must come to the same bits. Constants in capitals come from Python as definitions. */
 
 #ifndef PACELINE_PACER_STATE_H

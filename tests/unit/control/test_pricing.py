@@ -6,17 +6,8 @@ import math
 
 import pytest
 
-from paceline.control.pricing import (
-    LearnedCosts,
-    Line,
-    MedianFactor,
-    Overlap,
-    Scales,
-    best_ratio,
-    node_rates,
-    rows_bucket,
-    worth_another,
-)
+from paceline.control.followed import Line, MedianFactor, Overlap, Scales, rows_bucket
+from paceline.control.pricing import LearnedCosts, best_ratio, node_rates, worth_another
 from paceline.records import Plan
 from unit.control.worlds import MS, linear, record, table
 
