@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "costs": {"records"},
     "sampling": BASE,
     "verification": BASE | {"sampling"},
-    "control": BASE,
+    "control": BASE | {"compiled"},
     "models": BASE,
     "compiled": {"errors", "models"},
     "execution": BASE | {"models", "compiled"},

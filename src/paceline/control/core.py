@@ -78,7 +78,8 @@ _SOURCES = compiled.Sources(
     name="pacer",
     folder=Path(__file__).parent,
     files=("pacer_core.c", "pacer_core.h", "pacer_plan.h", "pacer_state.h"),
-    flags=("-O2", "-ffp-contract=off", *(f"-D{name}={value!r}" for name, value in _CONSTANTS.items())),
+    # A fused product, or a power taken in another way, would not come to the bits of Python.
+    flags=("-O2", "-ffp-contract=off", "-fno-builtin-pow", *(f"-D{name}={value!r}" for name, value in _CONSTANTS.items())),
     libraries=("-lm",),
     abi=("paceline_pacer_abi", 1),
 )
@@ -189,7 +190,7 @@ class Core:
         request = self._requests.get(context.request_id) or self._meet(context.request_id, context.task)
         length, most = context.context_length, context.max_draft
         entry: _Entry | None
-        if request is None or most >= EXACT_ROWS:
+        if request is None or request.task != context.task or most >= EXACT_ROWS:
             return None
         if (
             len(context.outlooks) == 1 and (outlook := context.outlooks[0]).available > 0
@@ -250,7 +251,7 @@ class Core:
         at = used = 0
         for record in records:
             request = self._requests.get(record.request_id) or self._meet(record.request_id, record.task)
-            if request is None or record.batch_size != 1:
+            if request is None or request.task != record.task or record.batch_size != 1:
                 return False
             standing = own = told = 0
             if record.drafter is not None:
