@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from paceline.control.acceptance import signal_bucket
 from paceline.control.bank import TimeBank
 from paceline.control.base import RoundContext
+from paceline.control.followed import Line
 from paceline.control.joint import Allocation, JointDraft, JointRound, Share, allocate, weigh
 from paceline.control.offers import (
     CLEARLY_NOT,
@@ -23,7 +24,7 @@ from paceline.control.offers import (
     probe_key,
     spread_lag,
 )
-from paceline.control.pricing import LearnedCosts, Line
+from paceline.control.pricing import LearnedCosts
 from paceline.control.probing import ProbeSchedule
 from paceline.control.quality import DraftQuality
 from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
