@@ -8,6 +8,7 @@ token a round, *recovered* (it replaces a rejected one) or *bonus* (everything w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -47,6 +48,9 @@ class Outlook:
     """Drafts of a batch are made in shared steps, in about the time of one."""
     ahead: int = 0
     """Tokens that are on their way already when a draft is stopped, and become part of it."""
+    chances: Sequence[float] = ()
+    """For drafters that know: chance of each of the tokens (or more), with all those that it follows, to be accepted; not
+    increasing. Good until the drafter is asked again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,8 @@ class Draft:
     """True when tokens were drawn with the target's own random numbers and their distributions were not kept: for `match` alone."""
     without_replacement: bool = False
     """True when siblings were drawn from `draft_probs` without replacement."""
+    chances: tuple[float, ...] = ()
+    """Per token, as `Outlook.chances` had it."""
     late: LateToken | None = None
     """The last token of a chain where it is still being decoded: `tokens` ends with UNKNOWN, and `confidences` lack it."""
 
@@ -244,6 +250,10 @@ class StepRecord:
     """As in `Verdict.relaxed`."""
     batch_draft_seconds: float = 0.0
     """Time in which sequences of the batch drafted, together or one after another (0: not told)."""
+    chances: tuple[float, ...] = ()
+    """Of the drafted tokens, as in `Outlook.chances`."""
+    path: tuple[int, ...] = ()
+    """Which of the drafted tokens were accepted, by number."""
 
     @property
     def labels(self) -> tuple[float, ...]:
@@ -320,6 +330,8 @@ class Round:
             divergence=verdict.divergence,
             relaxed=verdict.relaxed,
             batch_draft_seconds=self.batch_draft_seconds,
+            chances=draft.chances,
+            path=verdict.path[:kept],
         )
 
 

@@ -289,7 +289,10 @@ class AcceptanceModel:
         pool = self.pool(task, drafter, bucket)
         if pool is None:
             pool = PositionTable(POOL_DISCOUNT, self._expected_rates(task, drafter, bucket), POOL_WEIGHT)
-        rates = pool.rates(count)
+        return self.shifted(request_id, drafter, pool.rates(count))
+
+    def shifted(self, request_id: int, drafter: str, rates: list[float]) -> list[float]:
+        """The rates with the request's own odds."""
         shifts = self._requests.get(request_id)
         shift = shifts.get(drafter) if shifts is not None else None
         return shift.apply(rates) if shift is not None else rates

@@ -157,7 +157,7 @@ class JointPlanner:
         if outlook.together:
             costs.overlap.expect_together()
         limit = min(context.max_draft, outlook.available)
-        rates = self._quality.rates(context.request_id, context.task, drafter, bucket, limit)
+        rates = self._quality.rates(context.request_id, context.task, drafter, bucket, limit, outlook.chances)
         lag, once = outlook.catch_up, 0.0
         if lag > DUE_CATCH_UP:
             once = costs.catch_up(drafter, spread_lag(lag, context.remaining))

@@ -18,7 +18,7 @@ from struct import Struct
 from typing import Any
 
 from paceline import compiled
-from paceline.control import acceptance, arbiter, bank, learning, offers, pricing, probing
+from paceline.control import acceptance, arbiter, bank, chances, learning, offers, pricing, probing
 from paceline.control.acceptance import NUM_BUCKETS, POSITIONS, prior_rates, temperature_tag
 from paceline.control.base import RoundContext
 from paceline.control.followed import EXACT_ROWS
@@ -32,7 +32,7 @@ _MOST_LOOKS, _MOST_FINISHED, _MOST_LABELS, _MOST_GIVEN, _NUM_CURVES = 8, 32, 512
 """Room in C: drafters of a round, rounds taken in together, their labels in all and of one round, contexts with costs at hand."""
 _ASK, _NEED_CURVE, _DONE, _NOTHING, _SAVING, _FORBIDDEN, _RESTING, _RENEW, _POOR, _NOT_WORTH, _DRAFT, _PROBE = range(12)
 """Answers of C. From `_POOR` on they come with seconds, from `_DRAFT` on with a draft."""
-_TRUNCATED, _PROBING, _WARMUP = 1, 2, 4
+_TRUNCATED, _PROBING, _WARMUP, _KNOWS = 1, 2, 4, 8
 """Flags of finished rounds."""
 _CONSTANTS: dict[str, float] = {
     **{name: getattr(bank, name) for name in ("FORGIVE_EVERY", "LONGEST_LOOK", "SAVED", "MOST_SAVED")},
@@ -72,28 +72,31 @@ _CONSTANTS: dict[str, float] = {
     "TRUNCATED": _TRUNCATED,
     "PROBING": _PROBING,
     "WARMUP": _WARMUP,
+    "KNOWS": _KNOWS,
+    **{name: getattr(chances, name) for name in ("NUM_SPANS", "CHANCE_DISCOUNT", "MOST_CHANCE")},
 }
 """Stand once, in Python, and reach C as definitions."""
+_SPANS = f"-DSPAN_ENDS={','.join(map(repr, chances.SPAN_ENDS))}"
 _SOURCES = compiled.Sources(
     name="pacer",
     folder=Path(__file__).parent,
     files=("pacer_core.c", "pacer_core.h", "pacer_plan.h", "pacer_state.h"),
     # A fused product, or a power taken in another way, would not come to the bits of Python.
-    flags=("-O2", "-ffp-contract=off", "-fno-builtin-pow", *(f"-D{name}={value!r}" for name, value in _CONSTANTS.items())),
+    flags=("-O2", "-ffp-contract=off", "-fno-builtin-pow", *(f"-D{name}={value!r}" for name, value in _CONSTANTS.items()), _SPANS),
     libraries=("-lm",),
-    abi=("paceline_pacer_abi", 1),
+    abi=("paceline_pacer_abi", 2),
 )
 _ALWAYS = {_NOTHING: NOTHING, _SAVING: SAVING, _FORBIDDEN: FORBIDDEN, _RESTING: RESTING}
 _WHY_PLAIN = {_POOR: SAVING.reason, _NOT_WORTH: NOT_WORTH}
-_LOOK = 4
-_ROUND = Struct("13q5d")
+_LOOK = 5
+_ROUND = Struct("13qQ5d")
 
 
 class _Standing(ctypes.Structure):
     _fields_ = (
         ("pools", c_void_p * NUM_BUCKETS),
         ("probes", c_void_p * NUM_BUCKETS),
-        *((name, c_void_p) for name in ("line", "level", "width", "rests", "prior")),
+        *((name, c_void_p) for name in ("line", "level", "width", "chances", "rests", "prior")),
     )
 
 
@@ -118,7 +121,7 @@ def load_library() -> ctypes.CDLL | str:
     """The compiled pacer, or the reason why there is none."""
     library = compiled.load(_SOURCES, ctypes.PyDLL)
     if not isinstance(library, str):
-        one = [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, *[c_int64] * 4]
+        one = [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, *[c_int64] * 4, c_void_p]
         told = (("plan", one[:2]), ("plan_one", one), ("take_in", [c_void_p, c_int64, c_int64]), ("size", [c_int]))
         for name, arguments in told:
             function = getattr(library, f"paceline_pacer_{name}")
@@ -130,6 +133,13 @@ def load_library() -> ctypes.CDLL | str:
 def _prior_table(tag: str) -> Any:
     rates = [rate for bucket in range(NUM_BUCKETS) for rate in prior_rates(bucket, tag)]
     return (c_double * (NUM_BUCKETS * POSITIONS))(*rates)
+
+
+def _in_place(given: Sequence[float]) -> Any:
+    """Chances as C reads them: often they lie so already."""
+    if isinstance(given, ctypes.Array):
+        return given
+    return (c_double * len(given))(*given) if given else None
 
 
 @dataclass(slots=True)
@@ -198,14 +208,19 @@ class Core:
             entry = request.entries.get(outlook.drafter) or self._enter(context.request_id, request, outlook.drafter)
             if outlook.catch_up:
                 return None
-            at, standing, own = request.lane_at, entry.standing, entry.own
-            found = self._plan_one(self._at, tokens, at, standing, own, length, most, outlook.available, outlook.signal)
+            at, standing, own, known = request.lane_at, entry.standing, entry.own, _in_place(outlook.chances)
+            found = self._plan_one(self._at, tokens, at, standing, own, length, most, outlook.available, outlook.signal, known)
         else:
             able = [o for o in context.outlooks if o.available > 0]
             if len(able) > _MOST_LOOKS or any(o.catch_up for o in able):
                 return None
             entries = [request.entries.get(o.drafter) or self._enter(context.request_id, request, o.drafter) for o in able]
-            looks = [value for e, o in zip(entries, able, strict=True) for value in (e.standing, e.own, o.available, o.signal)]
+            known = [_in_place(o.chances) for o in able]  # kept alive
+            looks = [
+                value
+                for e, o, k in zip(entries, able, known, strict=True)
+                for value in (e.standing, e.own, o.available, o.signal, addressof(k) if k is not None else 0)
+            ]
             self._core.query[: 4 + len(looks)] = [request.lane_at, length, most, len(able), *looks]
             found = self._plan(self._at, tokens)
             entry = entries[found >> 16] if entries else None
@@ -253,16 +268,17 @@ class Core:
             request = self._requests.get(record.request_id) or self._meet(record.request_id, record.task)
             if request is None or request.task != record.task or record.batch_size != 1:
                 return False
-            standing = own = told = 0
+            standing = own = told = path = 0
             if record.drafter is not None:
                 run = running.get(record.request_id)
                 if run is None or run.catch_up or run.drafter != record.drafter:
                     return False
                 entry = request.entries.get(record.drafter) or self._enter(record.request_id, request, record.drafter)
-                standing, own, told = entry.standing, entry.own, len(record.acceptance)
-                if told > _MOST_GIVEN or used + told > _MOST_LABELS:
+                standing, own, given = entry.standing, entry.own, record.chances or record.acceptance
+                told, path = len(given), sum([1 << node for node in record.path])
+                if told > _MOST_GIVEN or used + told > _MOST_LABELS or path >> 64:
                     return False
-                self._labels[used : used + told] = record.acceptance
+                self._labels[used : used + told] = given
                 used += told
             elif record.batch_rows > 1:
                 return False
@@ -280,8 +296,9 @@ class Core:
                 record.signal,
                 record.batch_rows,
                 record.num_levels,
-                record.truncated * _TRUNCATED | record.probe * _PROBING | record.warmup * _WARMUP,
+                record.truncated * _TRUNCATED | record.probe * _PROBING | record.warmup * _WARMUP | bool(record.chances) * _KNOWS,
                 told,
+                path,
                 record.draft_seconds,
                 record.verify_seconds,
                 record.control_seconds,
@@ -316,6 +333,7 @@ class Core:
             line=addressof(self._costs.line(drafter)),
             level=addressof(acceptance.level(drafter, task)),
             width=addressof(self._quality.width(drafter)),
+            chances=addressof(self._quality.chances(drafter, task)),
             rests=addressof(request.lane.rests(drafter)),
             prior=addressof(_prior_table(temperature_tag(task))),
         )

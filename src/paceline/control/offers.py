@@ -25,7 +25,7 @@ SUSPECT = 1.5
 """A round that took this many times what was expected may have been interrupted by the machine."""
 LEAST_ROW = 0.002
 """Least that one more row of a forward costs, in plain steps."""
-TRIAL = 4
+TRIAL = 8
 """Tokens after which a plain step must be priced; until then rounds are charged by what was measured at another time."""
 DOUBLE_PROOF = 0.1
 """What drafting must promise above the margin while its purse is empty."""

@@ -212,6 +212,8 @@ class Pacer(Controller):
         """Whether a speculative round is charged at once. Else it waits: what was granted to it stays granted until then."""
         if not self._ample or record.probe or record.warmup or record.round_seconds > SUSPECT * record.expected_seconds:
             return True
+        if 2.0 * self._bank.granted > self._bank.slack:  # else the next plan would be refused what is only promised away
+            return True
         running = self._running.get(record.request_id)
         return running is None or running.catch_up > 0
 
@@ -250,9 +252,10 @@ class Pacer(Controller):
         running = self._running.pop(record.request_id, None)
         lag = running.catch_up if running is not None else self._joint.settle(record)
         ceiling = self._ceiling(record, rows)
-        charged = min(seconds, ceiling) if record.warmup else seconds
+        # In a round that is cold plain decoding would have been slow, too.
+        charged = min(seconds, record.expected_seconds or ceiling) if record.warmup else seconds
         self._bank.settle(plain, steps, charged / batch, ceiling / batch, 1.0 / batch)
-        lane.purse.settle(plain, steps, min(seconds, ceiling) / batch)
+        lane.purse.settle(plain, steps, min(charged, ceiling) / batch)
         times_draft = batch == 1 or record.num_drafted == longest
         verify, emitted = record.verify_seconds, record.num_emitted
         return Lesson(record, lane, plain, rows, seconds, verify, emitted, 1.0 / batch, lag, times_draft)
@@ -311,7 +314,7 @@ class Pacer(Controller):
         """Price all lengths of one drafter and take the best."""
         costs, drafter, bucket = self._costs, outlook.drafter, signal_bucket(outlook.signal)
         limit = min(context.max_draft, outlook.available)
-        rates = self._quality.rates(context.request_id, context.task, drafter, bucket, limit)
+        rates = self._quality.rates(context.request_id, context.task, drafter, bucket, limit, outlook.chances)
         curve = costs.forwards(limit, context.context_length)
         fixed, per_token = costs.drafting(drafter)
         once, each = fixed + costs.rest.fixed, per_token + costs.rest.per_token

@@ -43,9 +43,10 @@ static double ceiling_of(Core *core, const Finished *record) {
 static void settle(Core *core, const Finished *record, Lesson *lesson) {
     double plain = plain_step(core, record->context), emitted = (double)record->emitted;
     double seconds = record->round != 0.0 ? record->round : record->verify + record->draft;
-    double ceiling = ceiling_of(core, record), bounded = least(seconds, ceiling);
-    bank_settle(core->bank, plain, emitted, record->flags & WARMUP ? bounded : seconds, ceiling);
-    bank_settle(&record->lane->purse, plain, emitted, bounded, INFINITY);
+    double ceiling = ceiling_of(core, record), charged = seconds;
+    if (record->flags & WARMUP) charged = least(seconds, record->expected != 0.0 ? record->expected : ceiling);
+    bank_settle(core->bank, plain, emitted, charged, ceiling);
+    bank_settle(&record->lane->purse, plain, emitted, least(charged, ceiling), INFINITY);
     *lesson = (Lesson){record, plain, seconds, record->verify, emitted, 1.0};
 }
 
@@ -77,12 +78,37 @@ static int64_t labels_of(const Finished *record, const double *given, double *la
     return record->accepted + 1;
 }
 
-/* What rounds of one request and drafter tell of its drafts. Returns the labels behind theirs. */
-static const double *learn_quality(Core *core, const Lesson *lessons, int64_t count, const double *given) {
+/* What rounds of one request and drafter tell where the drafter gave chances. Returns the chances behind theirs. */
+static const double *learn_chances(Core *core, const Lesson *lessons, int64_t count, const double *given, int64_t *tells) {
+    const Finished *first = lessons[0].record;
+    ChanceTable *table = first->standing->chances;
+    double hits = 0.0, expected = 0.0, believed[MOST_GIVEN];
+    int64_t total = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const Finished *record = lessons[i].record;
+        int64_t known = record->num_labels;
+        tells[i] = !(record->flags & TRUNCATED);
+        if (tells[i]) {
+            double sum = 0.0;
+            chances_believed(table, given, known, believed);
+            for (int64_t j = 0; j < known; j++) sum += believed[j];
+            expected += sum;
+            hits += (double)__builtin_popcountll(record->path);
+            total += known;
+            chances_update(table, given, known, record->path);
+        }
+        given += known;
+    }
+    if (total) watched_update(first->own, total, hits, expected, core->tokens);
+    return given;
+}
+
+/* As `learn_chances`, by position. Returns the labels behind theirs. */
+static const double *learn_positions(Core *core, const Lesson *lessons, int64_t count, const double *given, int64_t *tells) {
     const Finished *first = lessons[0].record;
     const Standing *standing = first->standing;
     double labels[MOST_GIVEN], hits = 0.0, expected = 0.0, expected_before = 0.0;
-    int64_t now = core->tokens, total = 0, tells[MOST_FINISHED];
+    int64_t now = core->tokens, total = 0;
     for (int64_t i = 0; i < count; i++) {
         const Finished *record = lessons[i].record;
         int64_t bucket = signal_bucket(record->signal), known = tells[i] = labels_of(record, given, labels);
@@ -107,10 +133,20 @@ static const double *learn_quality(Core *core, const Lesson *lessons, int64_t co
         watched_update(first->own, total, hits, expected, now);
         shift_update(standing->level, (double)total, hits, expected_before, 0);
     }
+    for (int64_t i = 0; i < count; i++) width_update(standing->width, lessons[i].record->drafted, lessons[i].record->levels);
+    return given;
+}
+
+/* What rounds of one request and drafter tell of its drafts. Returns the labels behind theirs. */
+static const double *learn_quality(Core *core, const Lesson *lessons, int64_t count, const double *given) {
+    const Standing *standing = lessons[0].record->standing;
+    int64_t now = core->tokens, tells[MOST_FINISHED];
+    int knows = 0;
+    for (int64_t i = 0; i < count; i++) knows |= (lessons[i].record->flags & KNOWS) != 0;
+    given = (knows ? learn_chances : learn_positions)(core, lessons, count, given, tells);
     for (int64_t i = 0; i < count; i++) {
         const Finished *record = lessons[i].record;
         ProbeState *probe = standing->probes[signal_bucket(record->signal)];
-        width_update(standing->width, record->drafted, record->levels);
         if (!(record->flags & PROBING))
             probe_pays(probe, now);
         else if (tells[i])
@@ -194,8 +230,8 @@ int64_t paceline_pacer_take_in(Core *core, int64_t tokens, int64_t count) {
 
 /* Sizes of the structures, for a test that Python lays them out alike. */
 int64_t paceline_pacer_size(int which) {
-    const int64_t sizes[] = {sizeof(Core), sizeof(Standing), sizeof(Lane), sizeof(Costs), sizeof(PositionTable), sizeof(WatchedShift)};
+    const int64_t sizes[] = {sizeof(Core), sizeof(Standing), sizeof(Lane), sizeof(Costs), sizeof(PositionTable), sizeof(WatchedShift), sizeof(ChanceTable)};
     return sizes[which];
 }
 
-int paceline_pacer_abi(void) { return 1; }
+int paceline_pacer_abi(void) { return 2; }

@@ -14,6 +14,7 @@ typedef struct {
     Line *line;
     Shift *level;
     Width *width;
+    ChanceTable *chances;
     Rests *rests;
     const double *prior; /* [NUM_BUCKETS][POSITIONS] */
 } Standing;
@@ -22,6 +23,7 @@ typedef struct {
     const Standing *standing;
     WatchedShift *own;
     int64_t available, signal;
+    const double *chances; /* null: the drafter does not know */
 } Look;
 
 typedef struct {
@@ -34,7 +36,9 @@ typedef struct {
     Lane *lane;
     const Standing *standing; /* null: a plain round */
     WatchedShift *own;
-    int64_t context, planned, drafted, accepted, emitted, signal, rows, levels, flags, num_labels;
+    int64_t context, planned, drafted, accepted, emitted, signal, rows, levels, flags;
+    int64_t num_labels; /* or chances of its nodes */
+    uint64_t path;      /* which of those nodes were accepted */
     double draft, verify, control, round, expected;
 } Finished;
 

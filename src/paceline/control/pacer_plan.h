@@ -15,6 +15,15 @@ static void find_rates(const Look *look, int64_t bucket, int64_t count, double *
     const Standing *standing = look->standing;
     const PositionTable *pool = standing->pools[bucket];
     const double *prior = standing->prior + bucket * POSITIONS, odds = look->own->shift.odds;
+    if (look->chances) {
+        double last = 1.0, chance;
+        chances_believed(standing->chances, look->chances, count, rates);
+        for (int64_t j = 0; j < count; j++, last = chance) {
+            chance = with_odds(rates[j], odds);
+            rates[j] = last > 0.0 ? chance / last : 0.0;
+        }
+        return;
+    }
     int open = pool_is_open(pool);
     for (int64_t j = 0; j < count; j++) {
         double rate = open ? pool_rate(pool, j) : with_odds(prior[j < POSITIONS ? j : POSITIONS - 1], standing->level->odds);
@@ -159,12 +168,12 @@ int64_t paceline_pacer_plan(Core *core, int64_t tokens) {
 /* The same of one look, in arguments: writing them down would take longer. */
 int64_t paceline_pacer_plan_one(
     Core *core, int64_t tokens, const Lane *lane, const Standing *standing, WatchedShift *own, int64_t context, int64_t max_draft,
-    int64_t available, int64_t signal) {
+    int64_t available, int64_t signal, const double *chances) {
     core->query.lane = lane;
     core->query.context = context;
     core->query.max_draft = max_draft;
     core->query.count = 1;
-    core->query.looks[0] = (Look){standing, own, available, signal};
+    core->query.looks[0] = (Look){standing, own, available, signal, chances};
     return paceline_pacer_plan(core, tokens);
 }
 

@@ -77,6 +77,10 @@ typedef struct {
 } Width;
 
 typedef struct {
+    double accepted[NUM_SPANS], expected[NUM_SPANS];
+} ChanceTable;
+
+typedef struct {
     int64_t until[REST_SIGNALS];
 } Rests;
 
@@ -354,6 +358,29 @@ static void watched_update(WatchedShift *own, int64_t count, double hits, double
         break;
     }
     shift_update(shift, (double)count, hits, expected, now);
+}
+
+static int64_t span_of(double chance) {
+    static const double ends[] = {SPAN_ENDS};
+    int64_t span = 0;
+    while (span < NUM_SPANS - 1 && chance >= ends[span]) span++;
+    return span;
+}
+
+static void chances_believed(const ChanceTable *table, const double *chances, int64_t count, double *found) {
+    double last = MOST_CHANCE;
+    for (int64_t j = 0; j < count; j++) {
+        int64_t span = span_of(chances[j]);
+        found[j] = last = least(last, chances[j] * table->accepted[span] / table->expected[span]);
+    }
+}
+
+static void chances_update(ChanceTable *table, const double *chances, int64_t count, uint64_t path) {
+    for (int64_t j = 0; j < count; j++) {
+        int64_t span = span_of(chances[j]);
+        table->accepted[span] = CHANCE_DISCOUNT * table->accepted[span] + (path >> j & 1 ? 1.0 : 0.0);
+        table->expected[span] = CHANCE_DISCOUNT * table->expected[span] + chances[j];
+    }
 }
 
 static void width_update(Width *width, int64_t drafted, int64_t levels) {

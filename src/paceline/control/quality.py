@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from ctypes import Structure
 from typing import Any
 
-from paceline.control.acceptance import AcceptanceModel, Shift, observed_labels, signal_bucket, temperature_tag
+from paceline.control.acceptance import AcceptanceModel, Shift, add_up, observed_labels, signal_bucket, temperature_tag
+from paceline.control.chances import ChanceTable, step_rates
 from paceline.control.confidence import Calibrated
 from paceline.control.pricing import node_rates
 from paceline.control.shared import doubles, wholes
@@ -45,12 +46,29 @@ class DraftQuality:
         self._surer: dict[int, dict[str, Shift]] = {}
         """By how much a request's drafts are right more or less often than their confidence says, by drafter."""
         self._widths: dict[str, Width] = {}
+        self._chances: dict[str, ChanceTable] = {}
 
-    def rates(self, request_id: int, task: str, drafter: str, bucket: int, count: int) -> list[float]:
-        """Chances a_1 .. a_count of positions, or of a tree's nodes in their order, given that those before were accepted."""
+    def rates(
+        self, request_id: int, task: str, drafter: str, bucket: int, count: int, chances: Sequence[float] = ()
+    ) -> list[float]:
+        """Chances a_1 .. a_count of positions, or of a tree's nodes in their order, given that those before were accepted.
+
+        chances: what the drafter itself says, as in `Outlook.chances`.
+        """
+        if chances:
+            believed = self.chances(drafter, task).believed(chances[:count])
+            return step_rates(self.acceptance.shifted(request_id, drafter, believed))
         rates = self.acceptance.rates(request_id, task, drafter, bucket, count)
         nodes = self.width(drafter).nodes
         return node_rates(rates, nodes) if nodes > 1.0 else rates
+
+    def chances(self, drafter: str, task: str) -> ChanceTable:
+        """How far a drafter's own chances can be believed, at the task's temperature."""
+        tag = temperature_tag(task)
+        table = self._chances.get(drafter + tag)
+        if table is None:
+            table = self._chances[drafter + tag] = ChanceTable(float(tag[1:]) if tag else 0.0)
+        return table
 
     def width(self, drafter: str) -> Width:
         """How wide its trees are."""
@@ -97,6 +115,8 @@ class DraftQuality:
         said something about acceptance."""
         first = records[0]
         request, task, drafter = first.request_id, first.task, first.drafter or ""
+        if any(record.chances for record in records):
+            return self._learn_chances(records, now)
         labels = [observed_labels(record) for record in records]
         rounds = [(signal_bucket(record.signal), known) for record, known in zip(records, labels, strict=True)]
         self.acceptance.update_rounds(request, task, drafter, rounds, now)
@@ -106,6 +126,21 @@ class DraftQuality:
             if confident is not None and confident.asks:  # of others, confidence decides nothing
                 self._learn_confidence(record, confident, known, took, now)
         return [len(known) > 0 for known in labels]
+
+    def _learn_chances(self, records: Sequence[StepRecord], now: int) -> list[bool]:
+        request, drafter = records[0].request_id, records[0].drafter or ""
+        table = self.chances(drafter, records[0].task)
+        count, hits, expected = 0, 0.0, 0.0
+        for record in records:
+            if record.truncated:
+                continue
+            count += len(record.chances)
+            hits += len(record.path)
+            expected += add_up(table.believed(record.chances))
+            table.update(record.chances, record.path)
+        if count:
+            self.acceptance.own(request, drafter).update(count, hits, expected, now)
+        return [not record.truncated for record in records]
 
     def _learn_confidence(
         self, record: StepRecord, confident: Calibrated, labels: Sequence[float], seconds: float, now: int
@@ -143,7 +178,8 @@ class DraftQuality:
     def snapshot(self) -> dict[str, Any]:
         """As plain data for a stored profile."""
         curves = {drafter: confident.model.snapshot() for drafter, confident in self._confident.items()}
-        return {"version": 1, "acceptance": self.acceptance.snapshot(), "confidence": curves}
+        chances = {drafter: table.snapshot() for drafter, table in self._chances.items()}
+        return {"version": 1, "acceptance": self.acceptance.snapshot(), "confidence": curves, "chances": chances}
 
     def restore(self, data: dict[str, Any]) -> None:
         """Begin with a stored profile. Raises KeyError, TypeError or ValueError on data that `snapshot` did not write."""
@@ -152,5 +188,9 @@ class DraftQuality:
         confident = {drafter: Calibrated() for drafter in data["confidence"]}
         for drafter, curve in data["confidence"].items():
             confident[drafter].model.restore(curve)
+        chances = {drafter: ChanceTable() for drafter in data.get("chances", {})}
+        for drafter, table in chances.items():
+            table.restore(data["chances"][drafter])
         self.acceptance.restore(data["acceptance"])
         self._confident.update(confident)
+        self._chances.update(chances)

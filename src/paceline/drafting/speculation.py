@@ -53,8 +53,10 @@ class Speculation(NamedTuple):
     """None for a chain."""
     confidences: tuple[float, ...] = ()
     """Per token: share of the places, among those that agree with its ancestors, where it follows."""
+    chances: tuple[float, ...] = ()
+    """Per token: estimated probability of the path down to it."""
     score: float = 0.0
-    """Sum of the estimated probabilities of all paths: tokens that we expect to be accepted."""
+    """Their sum: tokens that we expect to be accepted."""
     matched: int = 0
 
     def draft(self, num_tokens: int, name: str) -> Draft:
@@ -62,7 +64,8 @@ class Speculation(NamedTuple):
         parents = self.parents[:num_tokens] if self.parents is not None else None
         if parents == _ONE_PATH[: len(self.tokens[:num_tokens])]:
             parents = None
-        return Draft(self.tokens[:num_tokens], parents, confidences=self.confidences[:num_tokens], drafter=name)
+        shares, chances = self.confidences[:num_tokens], self.chances[:num_tokens]
+        return Draft(self.tokens[:num_tokens], parents, confidences=shares, chances=chances, drafter=name)
 
 
 NOTHING = Speculation()
@@ -164,6 +167,7 @@ def path_walk(tokens: Tokens, starts: Sequence[int], budget: int, limits: Limits
     """Follow the most frequent token from step to step."""
     chain: list[int] = []
     confidences: list[float] = []
+    chances: list[float] = []
     path_prob, score = 1.0, 0.0
     while len(chain) < budget:
         groups = followers(tokens, starts, chain if grows else ())
@@ -176,11 +180,12 @@ def path_walk(tokens: Tokens, starts: Sequence[int], budget: int, limits: Limits
             break
         chain.append(token)
         confidences.append(share)
+        chances.append(path_prob)
         score += path_prob
         if token in limits.end_ids:
             break
         starts = groups[token]
-    return Speculation(tuple(chain), None, tuple(confidences), score, matched)
+    return Speculation(tuple(chain), None, tuple(confidences), tuple(chances), score, matched)
 
 
 def tree_walk(
@@ -194,6 +199,7 @@ def tree_walk(
     drafted: list[int] = []
     parents: list[int] = []
     confidences: list[float] = []
+    chances: list[float] = []
     score = 0.0
     heap: list[tuple[float, int, float, int, tuple[int, ...], list[Voter]]] = []
 
@@ -222,10 +228,11 @@ def tree_walk(
         drafted.append(token)
         parents.append(parent)
         confidences.append(share)
+        chances.append(-negative)
         score -= negative
         if token not in limits.end_ids:
             push(len(drafted) - 1, -negative, (*path, token), behind)
-    return Speculation(tuple(drafted), tuple(parents), tuple(confidences), score, matched)
+    return Speculation(tuple(drafted), tuple(parents), tuple(confidences), tuple(chances), score, matched)
 
 
 def agreement(found: Speculation) -> int:

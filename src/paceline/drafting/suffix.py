@@ -183,7 +183,10 @@ class SuffixSession(DraftSession):
 
     def outlook(self, max_tokens: int) -> Outlook:
         available = self._look(max_tokens)
-        return Outlook(self._name, available, self._signal) if available else self._nothing
+        if not available:
+            return self._nothing
+        chances = self._index.chances(available) if self._limits.tree else ()  # of chains the length of the match tells more
+        return Outlook(self._name, available, self._signal, chances=chances)
 
     def propose(self, num_tokens: int, keep_drafting: KeepDrafting) -> Draft:
         return self._index.proposal(self._look(num_tokens)).draft(num_tokens, self._name)

@@ -6,7 +6,7 @@
 
 #include "ngram_table.h"
 
-enum { ABI = 3, SIZES = 3, BREAK = -1, MOST_PLACES = 64, MOST_TOKENS = 64 };
+enum { ABI = 4, SIZES = 3, BREAK = -1, MOST_PLACES = 64, MOST_TOKENS = 64 };
 static const int32_t GRAM[SIZES] = {6, 2, 1};
 
 typedef struct {
@@ -30,7 +30,7 @@ typedef struct {
 } Query;
 
 typedef struct {
-    double confidences[MOST_TOKENS], score;
+    double confidences[MOST_TOKENS], chances[MOST_TOKENS], score;
     int32_t tokens[MOST_TOKENS], parents[MOST_TOKENS];
     int32_t count, matched;
 } Found;
@@ -254,6 +254,7 @@ static int is_end(const Query *query, int32_t token) {
 static void emit(Found *found, int32_t token, int32_t parent, double share, double path) {
     found->tokens[found->count] = token;
     found->parents[found->count] = parent;
+    found->chances[found->count] = path;
     found->confidences[found->count++] = share;
     found->score += path;
 }

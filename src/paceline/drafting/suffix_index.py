@@ -80,6 +80,11 @@ class TokenIndex(ABC):
         self._proposal = found
         return len(found.tokens), evidence_of(found, limits)
 
+    def chances(self, count: int) -> Sequence[float]:
+        """Estimated probabilities of the paths down to the tokens that the last `look` found: of `count` of them or more, until the
+        next look."""
+        return self._proposal.chances[:count]
+
     def proposal(self, most: int = MOST_TOKENS) -> Speculation:
         """What the last `look` found, of which at least the first `most` tokens."""
         return self._proposal

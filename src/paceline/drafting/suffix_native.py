@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from ctypes import byref, c_double, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 from paceline import compiled
 from paceline.drafting.evidence import chance_signal
@@ -32,7 +33,7 @@ _SOURCES = compiled.Sources(
     folder=Path(__file__).parent,
     files=("suffix_index.c", "ngram_table.h"),
     flags=("-O2", "-ffp-contract=off"),
-    abi=("paceline_suffix_abi", 3),
+    abi=("paceline_suffix_abi", 4),
 )
 _MOST_PLACES = 64
 """Room that the C code has for places."""
@@ -54,6 +55,7 @@ class _Query(ctypes.Structure):
 class _Found(ctypes.Structure):
     _fields_ = (
         ("confidences", c_double * MOST_TOKENS),
+        ("chances", c_double * MOST_TOKENS),
         ("score", c_double),
         ("tokens", c_int32 * MOST_TOKENS),
         ("parents", c_int32 * MOST_TOKENS),
@@ -103,6 +105,7 @@ class NativeIndex(TokenIndex):
         self._look = library.paceline_suffix_look
         self._limits: Limits | None = None
         self._query, self._ends, self._found = _Query(), array("i"), _Found()
+        self._chances = cast("Sequence[float]", self._found.chances)
         self._table = _Table()
         self._query_at, self._found_at = byref(self._query), byref(self._found)
         weakref.finalize(self, library.paceline_suffix_close, handle)
@@ -136,6 +139,9 @@ class NativeIndex(TokenIndex):
             return packed & 0xFF, chance_signal(packed >> 8)
         return packed & 0xFF, signal(packed >> 10, (packed >> 8 & 3) - 1)
 
+    def chances(self, count: int) -> Sequence[float]:
+        return self._chances
+
     def proposal(self, most: int = MOST_TOKENS) -> Speculation:
         return self._unpack(most)
 
@@ -157,7 +163,8 @@ class NativeIndex(TokenIndex):
         found = self._found
         count = min(found.count, most)
         parents = tuple(found.parents[:count]) if self._query.tree else None
-        return Speculation(tuple(found.tokens[:count]), parents, tuple(found.confidences[:count]), found.score, found.matched)
+        tokens, shares, chances = (tuple(part[:count]) for part in (found.tokens, found.confidences, found.chances))
+        return Speculation(tokens, parents, shares, chances, found.score, found.matched)
 
     def memory_bytes(self) -> int:
         return int(self._library.paceline_suffix_bytes(self._handle))

@@ -26,7 +26,7 @@ from paceline.records import DraftFeatures, Outlook, Plan, StepRecord
 from paceline.study.regimes import CPU_NATIVE, MAX_DRAFT, Regime, Stream
 
 SCHEMA = "paceline.trace/1"
-_TUPLES = ("confidences", "acceptance", "divergence", "relaxed")
+_TUPLES = ("confidences", "acceptance", "divergence", "relaxed", "chances", "path")
 _LONG_LAG = 16
 """Tokens to catch up on, from which a round tells what catching up costs."""
 _RECORD_FIELDS = {f.name for f in fields(StepRecord)}

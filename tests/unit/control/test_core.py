@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from paceline.control import acceptance, core, offers, pricing, quality
+from paceline.control import acceptance, chances, core, offers, pricing, quality
 from paceline.control.base import RoundContext
 from paceline.control.pacer import Pacer, PacerOptions
 from paceline.costs import CostTable, DraftCost
@@ -62,12 +62,19 @@ class World:
         for name in self.names[: rng.choice((1, 1, 2, 3))]:
             available = rng.choice((0, 1, 3, 8, 16, 16)) if self.seed % 5 else rng.choice((3, 16))
             lag = rng.choice((3, 20)) if name == "chain" and rng.random() < 0.05 else 0
-            outlooks.append(Outlook(name, available, rng.choice((0, 1, 2, 3, 4, 8, 12, 17, 30)), lag))
+            signal = rng.choice((0, 1, 2, 3, 4, 8, 12, 17, 30))
+            outlooks.append(Outlook(name, available, signal, lag, chances=self.chances_of(name, available)))
         most = rng.choice((0, 1, 5, 16, 16, 16, 16, 16)) if self.seed % 5 else 16
         return [
             RoundContext(self.request + i, self.context, most, tuple(outlooks), batch, self.task, 200 - self.now % 200)
             for i in range(batch)
         ]
+
+    def chances_of(self, name: str, available: int) -> tuple[float, ...]:
+        """What the drafter says of its own nodes, best first; nothing in every third world."""
+        if name != "tree" or self.seed % 3 == 0:
+            return ()
+        return tuple(sorted((self.rng.choice((0.02, 0.3, 1.0)) * self.rng.random() for _ in range(available)), reverse=True))
 
     def wander(self) -> None:
         """Some things change for a while, or for good."""
@@ -82,6 +89,7 @@ class World:
         rng, batch = self.rng, context.batch_size
         drafted = plan.num_draft if rng.random() < 0.9 else rng.randint(0, plan.num_draft)
         levels = drafted if plan.drafter != "tree" or rng.random() < 0.5 else rng.randint(min(drafted, 1), drafted)
+        said = next((o.chances for o in context.outlooks if o.drafter == plan.drafter), ())[:drafted]
         accepted = next((j for j in range(levels) if rng.random() >= self.chance), levels)
         truncated = rng.random() < 0.05
         labels = (1.0,) * accepted + (0.0,) * (accepted < levels)
@@ -115,6 +123,8 @@ class World:
             expected_seconds=plan.expected_seconds,
             task=context.task,
             num_levels=levels,
+            chances=tuple(said),
+            path=tuple(sorted(rng.sample(range(drafted), accepted))),
         )
 
 
@@ -173,7 +183,7 @@ def state_of(pacer: Pacer) -> dict[str, dict[object, bytes]]:
     """All that was learnt. What stands as it began may be there or not."""
     known = pacer._quality.acceptance
     level, own, rests = bytes(acceptance.Shift(0.99, 6.0)), bytes(acceptance.WatchedShift(0.96, 6.0).state), bytes(offers.Rests())
-    width = bytes(quality.Width())
+    width, untold = bytes(quality.Width()), [bytes(chances.ChanceTable(t)) for t in (0.0, 0.7, 1.0)]
     return {
         "banks": flat({"bank": pacer._bank}),
         "costs": flat({"costs": pacer._costs.state}),
@@ -190,6 +200,7 @@ def state_of(pacer: Pacer) -> dict[str, dict[object, bytes]]:
         },
         "levels": {key: state for key, state in flat(known._levels).items() if state != level},
         "widths": {key: state for key, state in flat(pacer._quality._widths).items() if state != width},
+        "chances": {key: state for key, state in flat(pacer._quality._chances).items() if state not in untold},
         "lines": flat(pacer._costs._lines),
         "probes": flat({key: state for key, state in pacer._probes._states.items() if state.interval}),
     }
@@ -258,7 +269,8 @@ def counted(name: str, method: Callable[..., object], calls: list[str]) -> Calla
 
 def test_structures_are_laid_out_alike() -> None:
     assert not isinstance(LIBRARY, str)
-    ours = (core._Core, core._Standing, offers.LaneState, pricing.CostState, acceptance.PoolState, acceptance.WatchedState)
+    states = (pricing.CostState, acceptance.PoolState, acceptance.WatchedState, chances.ChanceTable)
+    ours = (core._Core, core._Standing, offers.LaneState, *states)
     assert [LIBRARY.paceline_pacer_size(i) for i in range(len(ours))] == [ctypes.sizeof(each) for each in ours]
 
 
