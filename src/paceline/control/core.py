@@ -8,6 +8,7 @@ task, the first drafts at a level of evidence, and whatever has no room in C's a
 from __future__ import annotations
 
 import ctypes
+import sys
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import addressof, c_double, c_int, c_int64, c_void_p
@@ -15,10 +16,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from struct import Struct
+from types import ModuleType
 from typing import Any
 
 from paceline import compiled
-from paceline.control import acceptance, arbiter, bank, chances, learning, offers, pricing, probing
+from paceline.control import acceptance, arbiter, bank, chances, followed, learning, offers, pricing, probing
 from paceline.control.acceptance import NUM_BUCKETS, POSITIONS, prior_rates, temperature_tag
 from paceline.control.base import RoundContext
 from paceline.control.followed import EXACT_ROWS
@@ -34,47 +36,25 @@ _ASK, _NEED_CURVE, _DONE, _NOTHING, _SAVING, _FORBIDDEN, _RESTING, _RENEW, _POOR
 """Answers of C. From `_POOR` on they come with seconds, from `_DRAFT` on with a draft."""
 _TRUNCATED, _PROBING, _WARMUP, _KNOWS = 1, 2, 4, 8
 """Flags of finished rounds."""
-_CONSTANTS: dict[str, float] = {
-    **{name: getattr(bank, name) for name in ("FORGIVE_EVERY", "LONGEST_LOOK", "SAVED", "MOST_SAVED")},
-    **{
-        name: getattr(acceptance, name)
-        for name in ("POSITIONS", "NUM_BUCKETS", "ALARM", "HALF_LIFE", "POOL_DISCOUNT", "POOL_WEIGHT")
-    },
-    **{
-        name: getattr(offers, name)
-        for name in ("CLEARLY_NOT", "REST", "REST_SIGNALS", "DOUBLE_PROOF", "SUSPECT", "LEAST_ROW", "TRIAL")
-    },
-    **{
-        name: getattr(pricing, name)
-        for name in ("EXACT_ROWS", "ROW_BUCKETS", "CONTEXT_SHIFT", "OUTLIER", "OTHER_MACHINE", "TRUSTED")
-    },
-    **{name: getattr(learning, name) for name in ("LESSON", "SETTLED")},
-    **{f"PROBE_{name}": getattr(probing, name) for name in ("FIRST", "LAST", "BUDGET", "BOOST")},
-    "PROBES_IN_A_ROW": probing.IN_A_ROW,
-    "RENEWAL": arbiter.RENEWAL,
-    "MOST_LOOKS": _MOST_LOOKS,
-    "MOST_FINISHED": _MOST_FINISHED,
-    "MOST_LABELS": _MOST_LABELS,
-    "MOST_GIVEN": _MOST_GIVEN,
-    "NUM_CURVES": _NUM_CURVES,
-    "ASK": _ASK,
-    "NEED_CURVE": _NEED_CURVE,
-    "DONE": _DONE,
-    "NOTHING": _NOTHING,
-    "SAVING_UP": _SAVING,
-    "FORBIDDEN": _FORBIDDEN,
-    "RESTING": _RESTING,
-    "RENEW": _RENEW,
-    "POOR": _POOR,
-    "NOT_WORTH": _NOT_WORTH,
-    "DRAFT": _DRAFT,
-    "PROBE": _PROBE,
-    "TRUNCATED": _TRUNCATED,
-    "PROBING": _PROBING,
-    "WARMUP": _WARMUP,
-    "KNOWS": _KNOWS,
-    **{name: getattr(chances, name) for name in ("NUM_SPANS", "CHANCE_DISCOUNT", "MOST_CHANCE")},
-}
+_FROM: tuple[tuple[ModuleType, str, str], ...] = (
+    (bank, "", "FORGIVE_EVERY LONGEST_LOOK SAVED MOST_SAVED"),
+    (arbiter, "", "RENEWAL"),
+    (acceptance, "", "POSITIONS NUM_BUCKETS ALARM HALF_LIFE POOL_DISCOUNT POOL_WEIGHT"),
+    (offers, "", "CLEARLY_NOT REST REST_SIGNALS DOUBLE_PROOF SUSPECT LEAST_ROW TRIAL"),
+    (followed, "", "EXACT_ROWS ROW_BUCKETS OUTLIER"),
+    (pricing, "", "CONTEXT_SHIFT OTHER_MACHINE TRUSTED"),
+    (learning, "", "LESSON SETTLED"),
+    (chances, "", "NUM_SPANS CHANCE_DISCOUNT MOST_CHANCE"),
+    (probing, "PROBE_", "FIRST LAST BUDGET BOOST IN_A_ROW"),
+    (sys.modules[__name__], "", "_MOST_LOOKS _MOST_FINISHED _MOST_LABELS _MOST_GIVEN _NUM_CURVES"),
+    (sys.modules[__name__], "", "_TRUNCATED _PROBING _WARMUP _KNOWS"),
+    (
+        sys.modules[__name__],
+        "",
+        "_ASK _NEED_CURVE _DONE _NOTHING _SAVING _FORBIDDEN _RESTING _RENEW _POOR _NOT_WORTH _DRAFT _PROBE",
+    ),
+)
+_CONSTANTS = {f"{prefix}{name.lstrip('_')}": getattr(module, name) for module, prefix, names in _FROM for name in names.split()}
 """Stand once, in Python, and reach C as definitions."""
 _SPANS = f"-DSPAN_ENDS={','.join(map(repr, chances.SPAN_ENDS))}"
 _SOURCES = compiled.Sources(

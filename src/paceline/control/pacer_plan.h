@@ -132,7 +132,7 @@ int64_t paceline_pacer_plan(Core *core, int64_t tokens) {
     const Query *query = &core->query;
     const Costs *costs = core->costs;
     if (query->max_draft <= 0 || query->count == 0) return NOTHING;
-    if (core->bank->saving_for > 0.0) return SAVING_UP;
+    if (core->bank->saving_for > 0.0) return SAVING;
     int64_t longest = 0;
     for (int64_t i = 0; i < query->count; i++) longest = longest > query->looks[i].available ? longest : query->looks[i].available;
     const double *raw = measured(core, query->context, 1 + (longest < query->max_draft ? longest : query->max_draft));

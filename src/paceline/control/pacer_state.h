@@ -216,7 +216,7 @@ static int probe_due(ProbeState *state, int64_t now, double loss, double doubt) 
 static void probe_ran(ProbeState *state, int64_t now, int accepted) {
     probe_meet(state, now);
     state->last = now;
-    state->again = accepted ? (state->again + 1) % PROBES_IN_A_ROW : 0;
+    state->again = accepted ? (state->again + 1) % PROBE_IN_A_ROW : 0;
     if (!state->again) state->interval = least(2 * state->interval, PROBE_LAST);
 }
 
