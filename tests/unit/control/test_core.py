@@ -134,7 +134,8 @@ def make(seed: int) -> Pacer:
 
 def nudge(rng: random.Random, pacers: tuple[Pacer, Pacer]) -> None:
     """Bring both near thresholds that hardly a stream of rounds comes by."""
-    slack, change, value, deviation = rng.uniform(-0.5, 1.5), rng.uniform(0.85, 1.15), rng.uniform(0.7, 1.1), rng.uniform(0.0, 0.3)
+    slack, change = rng.uniform(-0.5, 1.5), rng.uniform(0.85, 1.15) if rng.random() < 0.7 else rng.choice((0.3, 0.45, 2.2, 3.0))
+    value, deviation = rng.uniform(0.7, 1.1), rng.uniform(0.0, 0.3)
     for pacer in pacers:
         bank, costs = pacer._bank, pacer._costs.state
         bank.slack = slack * bank._start * bank._opened_at
