@@ -19,7 +19,7 @@ from operator import add
 from typing import Any
 
 from paceline.control.shared import doubles, wholes
-from paceline.records import StepRecord
+from paceline.records import Outlook, StepRecord
 
 POSITIONS = 16
 """Positions with counts of their own; later ones share those of the last."""
@@ -43,6 +43,11 @@ HALF_LIFE = 512.0
 def signal_bucket(signal: int) -> int:
     """Bucket of a drafter's signal: 0, 1, ..., 8, then 9 to 16, then 17 and more."""
     return max(signal, 0) if signal <= 8 else 9 if signal <= 16 else 10
+
+
+def evidence_bucket(told: Outlook | StepRecord) -> int:
+    """Bucket by which probes are counted: that of the signal, or one for all drafts of a drafter that gives chances."""
+    return 0 if told.chances else signal_bucket(told.signal)
 
 
 @lru_cache(maxsize=256)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from paceline.control.acceptance import signal_bucket
+from paceline.control.acceptance import evidence_bucket
 from paceline.control.bank import TimeBank
 from paceline.control.offers import Lesson, probe_key
 from paceline.control.pricing import LearnedCosts
@@ -49,7 +49,7 @@ class Learning:
         told = self._quality.learn(records, [lesson.seconds for lesson in lessons], now)
         for record, tells in zip(records, told, strict=True):
             drafter, alone = record.drafter or "", record.batch_size == 1
-            key = (record.task, drafter, signal_bucket(record.signal)) if alone else probe_key(drafter, record.batch_size)
+            key = (record.task, drafter, evidence_bucket(record)) if alone else probe_key(drafter, record.batch_size)
             if not record.probe:
                 self._probes.pays(key, now)
             elif tells and (alone or record.request_id == prober):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
-from paceline.control.acceptance import add_up, signal_bucket
+from paceline.control.acceptance import add_up, evidence_bucket
 from paceline.control.bank import TimeBank
 from paceline.control.base import Controller, RoundContext
 from paceline.control.batches import JointPlanner
@@ -312,7 +312,7 @@ class Pacer(Controller):
 
     def _offer(self, context: RoundContext, outlook: Outlook, plain: float) -> Offer:
         """Price all lengths of one drafter and take the best."""
-        costs, drafter, bucket = self._costs, outlook.drafter, signal_bucket(outlook.signal)
+        costs, drafter, bucket = self._costs, outlook.drafter, evidence_bucket(outlook)
         limit = min(context.max_draft, outlook.available)
         rates = self._quality.rates(context.request_id, context.task, drafter, bucket, limit, outlook.chances)
         curve = costs.forwards(limit, context.context_length)

@@ -146,7 +146,7 @@ static const double *learn_quality(Core *core, const Lesson *lessons, int64_t co
     given = (knows ? learn_chances : learn_positions)(core, lessons, count, given, tells);
     for (int64_t i = 0; i < count; i++) {
         const Finished *record = lessons[i].record;
-        ProbeState *probe = standing->probes[signal_bucket(record->signal)];
+        ProbeState *probe = standing->probes[record->flags & KNOWS ? 0 : signal_bucket(record->signal)];
         if (!(record->flags & PROBING))
             probe_pays(probe, now);
         else if (tells[i])

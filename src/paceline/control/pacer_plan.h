@@ -47,7 +47,7 @@ static void make_offer(const Core *core, const Look *look, const double *raw, do
     const Line *line = look->standing->line;
     int64_t limit = core->query.max_draft < look->available ? core->query.max_draft : look->available;
     offer->look = look;
-    offer->bucket = signal_bucket(look->signal);
+    offer->bucket = look->chances ? 0 : signal_bucket(look->signal);
     find_rates(look, offer->bucket, limit, offer->rates);
     double fixed = scales->machine * line->fixed, per_token = scales->machine * line->per_token;
     double once = fixed + costs->rest.fixed, each = per_token + costs->rest.per_token;
