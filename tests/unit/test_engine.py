@@ -273,6 +273,24 @@ def test_rounds_in_which_a_runner_prepared_something_are_no_lesson() -> None:
     assert [step.warmup for step in result.steps] == [i in (0, 2) for i in range(8)]
 
 
+def test_the_first_rounds_after_a_prompt_are_no_lesson_where_they_are_cold() -> None:
+    engine = make_engine("none")
+    engine.runner.cold_rounds = 3
+    result = engine.generate(PROMPT, SamplingParams(max_tokens=8))
+    assert [step.warmup for step in result.steps] == [i < 3 for i in range(8)]
+
+
+def test_records_tell_which_nodes_of_a_tree_were_accepted_and_how_likely_each_was() -> None:
+    result = make_engine("suffix+tree").generate(PROMPT * 4, SamplingParams(max_tokens=60))
+    drafted = [step for step in result.steps if step.num_drafted]
+    assert any(step.path for step in drafted)
+    for step in drafted:
+        assert len(step.chances) == step.num_drafted
+        assert len(step.path) == step.num_accepted
+        assert list(step.chances) == sorted(step.chances, reverse=True)
+        assert all(0 <= node < step.num_drafted for node in step.path)
+
+
 def test_controllers_learn_of_each_temperature_by_itself() -> None:
     engine = make_engine("ngram")
     tasks = []

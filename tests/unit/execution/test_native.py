@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from paceline import compiled
 from paceline.errors import OptionError, ResourceError
-from paceline.execution.base import Segment, prefill
+from paceline.execution.base import ForwardOutput, Segment, prefill
 from paceline.execution.native import binding, build
 from paceline.execution.native.pack import gate_up_order, pack_blocks, pack_float, quantise, unpack
 from paceline.execution.native.runner import MAX_ROWS, NativeRunner
@@ -98,6 +99,24 @@ def test_a_tree_across_a_chunk_of_the_cache_has_the_bits_of_its_paths(name: str,
     out = run.forward([Segment(tree, mixed, parents=parents)]).logits
     assert torch.equal(out[[0, *range(1, 23, 2)]], paths[0])
     assert torch.equal(out[[0, *range(2, 23, 2)]], paths[1])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_end_of_a_prompt_goes_in_small_passes_where_rows_save_no_time_together(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, tokens, passes = runner("llama", precision), ids(101), []
+    forward = run.forward
+
+    def counting(segments: Sequence[Segment]) -> ForwardOutput:
+        passes.append(len(segments[0].tokens))
+        return forward(segments)
+
+    monkeypatch.setattr(run, "forward", counting)
+    sequence = run.open()
+    prefill(run, sequence, tokens[:-1])
+    assert passes == ([52, *[8] * 6] if precision in ("int4", "int8") else [100])
+    assert torch.equal(forward([Segment(sequence, tokens[-1:])]).logits[0], logits_of(run, tokens)[-1])
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_64"])
