@@ -357,6 +357,7 @@ class Engine:
                     task=task,
                     draws_rows=self.runner.draws_rows,
                     logits_are_far=self.runner.logits_are_far,
+                    cold_rounds=self.runner.cold_rounds,
                 )
                 requests.append(request)
                 request.started = started

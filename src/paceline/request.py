@@ -55,8 +55,9 @@ class Request:
         task: str = "",
         draws_rows: bool = False,
         logits_are_far: bool = False,
+        cold_rounds: int = 1,
     ) -> None:
-        """draws_rows, logits_are_far: as in the target's runner (`Runner.draws_rows`)."""
+        """draws_rows, logits_are_far, cold_rounds: as in the target's runner (`Runner.draws_rows`)."""
         self.id = request_id
         self.tokens = list(prompt)
         self.num_prompt = len(self.tokens)
@@ -69,6 +70,7 @@ class Request:
         self._vocab_size = tokenizer.vocab_size if tokenizer is not None else None
         self._random = CounterRandom(seed)
         self._max_context = max_context
+        self._cold_rounds = cold_rounds
         max_new = min(params.max_tokens, max_context - self.num_prompt)
         self._output = OutputAssembler(tokenizer, params, self.num_prompt, max_new, end_ids)
         # Where the runner draws, draws are matched unless a ratio test would accept more and has the distributions at hand. On
@@ -272,7 +274,7 @@ class Request:
             verify_seconds=verify_seconds,
             round_seconds=round_seconds,
             batch=batch,
-            warmup=warmup or not self.steps,
+            warmup=warmup or len(self.steps) < self._cold_rounds,
             task=self.task,
         )
 

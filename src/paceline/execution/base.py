@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -145,6 +146,13 @@ class Runner(ABC):
 
         Raises ResourceError when a sequence would exceed `info.max_context`.
         """
+
+    prompt_end: tuple[int, int] = (0, 1)
+    """How many rows at the end of a prompt go in small passes, and the rows of each. While a long pass computes, weights are lost
+    to others from a cache that is shared with them, and the first steps after it are slow. For runners where rows save no time
+    together."""
+    cold_rounds: int = 1
+    """Rounds after a prompt that may be slower than later ones, whatever is drafted."""
 
     works_apart: bool = False
     """Whether the host is free between `begin_forward` and its result."""
@@ -353,10 +361,13 @@ def prefill(
 ) -> None:
     """Feed and commit tokens without logits, `chunk` at a time, so that activations stay small.
 
+    The end goes as `Runner.prompt_end` says.
     listen: called with each chunk's states of the layers `taps` (see `Runner.forward_tapped`) when there are any.
     """
-    for start in range(0, len(tokens), chunk):
-        part = tokens[start : start + chunk]
+    rows, piece = runner.prompt_end
+    end = max(0, len(tokens) - rows)
+    for start, stop in pairwise((*range(0, end, chunk), *range(end, len(tokens), min(piece, chunk)), len(tokens))):
+        part = tokens[start:stop]
         segment = Segment(sequence, part, num_logits=0)
         output = runner.forward_tapped([segment], taps) if taps else runner.forward([segment])
         runner.accept(sequence, range(len(part)))

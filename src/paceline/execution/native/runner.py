@@ -55,6 +55,7 @@ class NativeRunner(Runner):
     """
 
     host_threads = 1
+    cold_rounds = 4
 
     def __init__(
         self,
@@ -98,6 +99,8 @@ class NativeRunner(Runner):
                 "kernel": Path(library._name).stem,
             },
         )
+        if set(precision.split("+")) <= {"int4", "int8"}:
+            self.prompt_end = (48, 8)
         self._make_buffers()
         self._spare: list[NativeSequence] = []
 
