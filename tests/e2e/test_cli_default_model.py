@@ -130,7 +130,7 @@ def test_what_the_pacer_learnt_is_kept_only_when_asked(launch: Launch, environme
     assert finish(launch(*PACELINE, "generate", REPEAT, "--max-tokens", "16", "--remember")).code == 0
     (profile,) = profiles.iterdir()
     learnt = json.loads(profile.read_text())
-    learnt["acceptance"] += [{**learnt["acceptance"][0], "task": "from an earlier run"}]
+    learnt["chances"]["from an earlier run"] = learnt["chances"]["suffix+tree"]
     profile.write_text(json.dumps(learnt))
     assert finish(launch(*PACELINE, "generate", REPEAT, "--max-tokens", "16", "--remember")).code == 0
     assert "from an earlier run" in profile.read_text()
