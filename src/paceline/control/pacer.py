@@ -99,7 +99,7 @@ class Pacer(Controller):
         self._running: dict[int, RunningDraft] = {}
         self._tokens = 0
         self._finished: list[StepRecord] = []
-        """Plain rounds that are yet to be settled."""
+        """Rounds that are yet to be settled."""
         self._renewing = False
         """The running round is to tell the price of a plain step."""
         self._due, self._ample = 1, False
