@@ -18,14 +18,14 @@ from paceline.config import RunnerConfig, SamplingParams, SpeculationConfig
 from paceline.control.base import Controller
 from paceline.costs import CostTable
 from paceline.drafting.base import Drafter, DraftJob
-from paceline.errors import ModelError, OptionError, PromptError
+from paceline.errors import ModelError, OptionError
 from paceline.execution.base import ForwardOutput, Runner, prefill
 from paceline.execution.threads import torch_threads
 from paceline.models.base import ModelSource, Tokenizer
 from paceline.models.cachedir import write_json_atomic
 from paceline.records import GenerationResult, Round, StepRecord
-from paceline.request import Request, StreamEvent
-from paceline.sampling import check_token_ids, resolve_seed
+from paceline.request import Request, StreamEvent, check_prompt
+from paceline.sampling import resolve_seed
 
 __all__ = ["Engine", "StreamEvent"]
 
@@ -379,19 +379,11 @@ class Engine:
 
     def _encode(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         """Token ids of a prompt that is there and fits."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        info = self.runner.info
-        if not ids or (isinstance(prompt, str) and not prompt.strip()):
-            raise PromptError("prompt is empty: give some text, or at least one token id")
-        if min(ids) < 0 or max(ids) >= info.vocab_size:
-            raise PromptError(f"prompt: token ids must be between 0 and {info.vocab_size - 1}; got {min(ids)} to {max(ids)}")
-        if len(ids) >= info.max_context:
-            over = len(ids) - info.max_context + 1
-            raise PromptError(
-                f"prompt is {len(ids)} tokens long and the context holds {info.max_context}, answer included: "
-                f"at most {info.max_context - 1} fit, shorten it by {over} or more"
-            )
-        check_token_ids(params, info.vocab_size)
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt) if prompt.strip() else []
+        else:
+            ids = list(prompt)
+        check_prompt(ids, self.runner.info, params)
         return ids
 
 

@@ -11,12 +11,13 @@ import torch
 from paceline.config import SamplingParams
 from paceline.control.base import Controller, RoundContext
 from paceline.drafting.base import Drafter, DraftJob, DraftSession, SequenceView
-from paceline.execution.base import ForwardOutput, Runner, Segment, SequenceHandle
+from paceline.errors import PromptError
+from paceline.execution.base import ForwardOutput, Runner, RunnerInfo, Segment, SequenceHandle
 from paceline.execution.draws import DrawLaw, Draws
 from paceline.models.base import Tokenizer
 from paceline.output import OutputAssembler
 from paceline.records import PLAIN, Draft, DraftFeatures, GenerationResult, Round, StepRecord, TokenLogprob, Verdict
-from paceline.sampling import CounterRandom, Purpose, SampledRows, draw_temperature
+from paceline.sampling import CounterRandom, Purpose, SampledRows, check_token_ids, draw_temperature
 from paceline.verification.registry import AUTO, choose_rule, create
 from paceline.verification.walk import follow
 
@@ -35,6 +36,21 @@ class StreamEvent:
     seed: int = 0
     """Of the answer's draws, for those who break it off and get no result."""
     result: GenerationResult | None = None
+
+
+def check_prompt(ids: Sequence[int], info: RunnerInfo, params: SamplingParams) -> None:
+    """Raises PromptError for a prompt that is empty, strange to the model or too long for it, OptionError as `check_token_ids`."""
+    if not ids:
+        raise PromptError("prompt is empty: give some text, or at least one token id")
+    if min(ids) < 0 or max(ids) >= info.vocab_size:
+        raise PromptError(f"prompt: token ids must be between 0 and {info.vocab_size - 1}; got {min(ids)} to {max(ids)}")
+    if len(ids) >= info.max_context:
+        over = len(ids) - info.max_context + 1
+        raise PromptError(
+            f"prompt is {len(ids)} tokens long and the context holds {info.max_context}, answer included: "
+            f"at most {info.max_context - 1} fit, shorten it by {over} or more"
+        )
+    check_token_ids(params, info.vocab_size)
 
 
 class Request:
