@@ -299,8 +299,9 @@ class Engine:
             plans = controller.plan_batch([context for _, context in asked])
             for (step, context), plan in zip(asked, plans, strict=True):
                 step.plan = plan
-                if plan.drafter is not None:
-                    step.signal = next((o.signal for o in context.outlooks if o.drafter == plan.drafter), 0)
+                for outlook in context.outlooks if plan.drafter is not None else ():
+                    if outlook.drafter == plan.drafter:
+                        step.signal = outlook.signal
             seconds += perf_counter() - started
         self._learning = 0.0
         for step, _ in looks:

@@ -40,7 +40,7 @@ _FROM: tuple[tuple[ModuleType, str, str], ...] = (
     (bank, "", "FORGIVE_EVERY LONGEST_LOOK SAVED MOST_SAVED"),
     (arbiter, "", "RENEWAL"),
     (acceptance, "", "POSITIONS NUM_BUCKETS ALARM HALF_LIFE POOL_DISCOUNT POOL_WEIGHT"),
-    (offers, "", "CLEARLY_NOT REST REST_SIGNALS DOUBLE_PROOF SUSPECT LEAST_ROW TRIAL"),
+    (offers, "", "CLEARLY_NOT REST REST_SIGNALS DOUBLE_PROOF SUSPECT LEAST_ROW TRIAL SAVES SHORT AMPLE PRICED"),
     (followed, "", "EXACT_ROWS ROW_BUCKETS OUTLIER"),
     (pricing, "", "CONTEXT_SHIFT OTHER_MACHINE TRUSTED"),
     (learning, "", "LESSON SETTLED"),
@@ -217,25 +217,25 @@ class Core:
             return Plan(None, 0, _WHY_PLAIN[kind], 1.0, self._told[1])
         return _ALWAYS.get(kind)
 
-    def take_in(self, records: Sequence[StepRecord], tokens: int, running: dict[int, RunningDraft]) -> bool:
-        """As `Pacer._take_in`. False: ask Python, where nothing was changed."""
+    def take_in(self, records: Sequence[StepRecord], tokens: int, running: dict[int, RunningDraft]) -> int | None:
+        """As `Pacer._take_in`, and what `Pacer._state` tells. None: ask Python, where nothing was changed."""
         if self._scale != self._costs.scale:
             self._scale = self._costs.scale
             for curve in self._core.curves:
                 curve.context = -1
         if len(records) > _MOST_FINISHED or not self._gather(records, running):
-            return False
+            return None
         done = self._take_in(self._at, tokens, len(records))
         for _ in records:  # each may need costs of its own
             if done == _NEED_CURVE:
                 self._fill_curve()
                 done = self._take_in(self._at, tokens, len(records))
-        if done != _DONE:
-            return False
+        if done & 0xFF != _DONE:
+            return None
         for record in records:
             if record.drafter is not None:
                 running.pop(record.request_id, None)
-        return True
+        return done >> 8
 
     def forget(self, request_id: int) -> None:
         """The request ended."""

@@ -25,6 +25,9 @@ SUSPECT = 1.5
 """A round that took this many times what was expected may have been interrupted by the machine."""
 LEAST_ROW = 0.002
 """Least that one more row of a forward costs, in plain steps."""
+SAVES, SHORT, AMPLE, PRICED = 1, 2, 4, 8
+"""What the pacer wants to know of its state once rounds are taken in: whether the bank saves, runs short, could pay several rounds at
+their worst, and whether the price of a plain step is known."""
 TRIAL = 8
 """Tokens after which a plain step must be priced; until then rounds are charged by what was measured at another time."""
 DOUBLE_PROOF = 0.1

@@ -21,6 +21,7 @@ from paceline.control.batches import JointPlanner
 from paceline.control.core import Core, load_library
 from paceline.control.learning import Learning
 from paceline.control.offers import (
+    AMPLE,
     CLEARLY_NOT,
     DOUBLE_PROOF,
     DUE_CATCH_UP,
@@ -28,9 +29,12 @@ from paceline.control.offers import (
     LEAST_ROW,
     NOT_WORTH,
     NOTHING,
+    PRICED,
     REST,
     RESTING,
+    SAVES,
     SAVING,
+    SHORT,
     SUSPECT,
     TRIAL,
     Lane,
@@ -102,8 +106,8 @@ class Pacer(Controller):
         """Rounds that are yet to be settled."""
         self._renewing = False
         """The running round is to tell the price of a plain step."""
-        self._due, self._ample = 1, False
-        """As `_set_due` has it."""
+        self._state = 0
+        """As `_find_state` had it."""
         library = load_library()
         self._core = None if isinstance(library, str) else self._compiled(library)
         if options.explain:
@@ -177,7 +181,6 @@ class Pacer(Controller):
         """A plain round, to see what one costs now."""
         self._take_in()  # what came before says nothing of the machine as it is now
         self._renewing = True
-        self._set_due()
         return Plan(None, 0, "plain: renewing the price of a plain step", 1.0, plain)
 
     def _needs_plain(self, batch: int) -> bool:
@@ -210,27 +213,36 @@ class Pacer(Controller):
 
     def _is_urgent(self, record: StepRecord) -> bool:
         """Whether a speculative round is charged at once. Else it waits: what was granted to it stays granted until then."""
-        if not self._ample or record.probe or record.warmup or record.round_seconds > SUSPECT * record.expected_seconds:
+        if not self._state & AMPLE or record.probe:
+            return True
+        if record.round_seconds > SUSPECT * record.expected_seconds and not record.warmup:
             return True
         if 2.0 * self._bank.granted > self._bank.slack:  # else the next plan would be refused what is only promised away
             return True
         running = self._running.get(record.request_id)
         return running is None or running.catch_up > 0
 
-    def _set_due(self) -> None:
-        """How many rounds of single sequences may wait from now on: told once, since these looks would cost more than they save."""
-        self._ample = self._bank.is_ample
-        if self._bank.saving_for > 0.0:  # nothing is drafted before the bank has saved some rounds anyway
-            self._due = 4 * _TOGETHER
-        else:
-            self._due = 1 if self._renewing or self._bank.is_short or not self._costs.knows_plain(1) else _TOGETHER
+    def _find_state(self) -> int:
+        """The bank and the price of a plain step, told once for the rounds to come: these looks would cost more than they save."""
+        bank = self._bank
+        state = SAVES * (bank.saving_for > 0.0) | SHORT * bank.is_short | AMPLE * bank.is_ample
+        return state | PRICED * self._costs.knows_plain(1)
+
+    @property
+    def _due(self) -> int:
+        """How many rounds of single sequences may wait."""
+        if self._state & SAVES:  # nothing is drafted before the bank has saved some rounds anyway
+            return 4 * _TOGETHER
+        return 1 if self._renewing or self._state & SHORT or not self._state & PRICED else _TOGETHER
 
     def _take_in(self) -> None:
         """Settle all finished rounds, and learn from them."""
         finished, self._finished, self._renewing = self._finished, [], False
-        if self._core is None or not self._core.take_in(finished, self._tokens, self._running):
+        state = self._core.take_in(finished, self._tokens, self._running) if self._core is not None else None
+        if state is None:
             self._take_in_reference(finished)
-        self._set_due()
+            state = self._find_state()
+        self._state = state
 
     def _take_in_reference(self, finished: Sequence[StepRecord]) -> None:
         """What C does for the usual rounds."""

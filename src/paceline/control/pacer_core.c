@@ -210,7 +210,17 @@ static void learn(Core *core, const Lesson *lessons, int64_t count) {
     }
 }
 
-/* `Pacer._take_in` of the first finished rounds. */
+/* `Pacer._state`. */
+static int64_t state_of(const Core *core) {
+    const TimeBank *bank = core->bank;
+    int64_t state = bank->saving_for > 0.0 ? SAVES : 0;
+    if (bank_is_short(bank)) state |= SHORT;
+    if (bank->slack >= 4.0 * bank->start * bank->opened_at) state |= AMPLE;
+    if (core->costs->plain[1].count >= TRUSTED) state |= PRICED;
+    return state;
+}
+
+/* `Pacer._take_in` of the first finished rounds; above the answer, the state afterwards. */
 int64_t paceline_pacer_take_in(Core *core, int64_t tokens, int64_t count) {
     core->tokens = tokens;
     int64_t ready = check(core, count), num_lessons = 0;
@@ -225,7 +235,7 @@ int64_t paceline_pacer_take_in(Core *core, int64_t tokens, int64_t count) {
             settle_plain(core, first, end - i, &lessons[num_lessons++]);
     }
     learn(core, lessons, num_lessons);
-    return DONE;
+    return DONE | state_of(core) << 8;
 }
 
 /* Sizes of the structures, for a test that Python lays them out alike. */
