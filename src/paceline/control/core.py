@@ -218,7 +218,7 @@ class Core:
         return _ALWAYS.get(kind)
 
     def take_in(self, records: Sequence[StepRecord], tokens: int, running: dict[int, RunningDraft]) -> int | None:
-        """As `Pacer._take_in`, and what `Pacer._state` tells. None: ask Python, where nothing was changed."""
+        """As `Pacer._take_in`, and what `offers.state_of` tells then. None: ask Python, where nothing was changed."""
         if self._scale != self._costs.scale:
             self._scale = self._costs.scale
             for curve in self._core.curves:

@@ -18,6 +18,8 @@ SAVING = Plan(None, 0, "plain: bank, earlier losses come first")
 _READING = 24.0
 """Plain steps that reading its first prompt may cost a drafter (of a batch, each prompt); a longer one must be earned first."""
 
+SAVES, SHORT, AMPLE, PRICED = 1, 2, 4, 8
+"""The bank saves, runs short, could pay several rounds at their worst; the price of a plain step is known."""
 DUE_CATCH_UP, _STAY = 8, 16
 CLEARLY_NOT, REST, REST_SIGNALS = 0.97, 8, 18
 """Speed under which an offer is clearly not worth it, and tokens for which it is then not priced again."""
@@ -25,9 +27,6 @@ SUSPECT = 1.5
 """A round that took this many times what was expected may have been interrupted by the machine."""
 LEAST_ROW = 0.002
 """Least that one more row of a forward costs, in plain steps."""
-SAVES, SHORT, AMPLE, PRICED = 1, 2, 4, 8
-"""What the pacer wants to know of its state once rounds are taken in: whether the bank saves, runs short, could pay several rounds at
-their worst, and whether the price of a plain step is known."""
 TRIAL = 8
 """Tokens after which a plain step must be priced; until then rounds are charged by what was measured at another time."""
 DOUBLE_PROOF = 0.1
@@ -134,6 +133,16 @@ class Lesson:
     """Tokens that the draft's cache had to catch up; None for plain rounds."""
     times_draft: bool = True
     """Its draft was as long as drafting took: the shared steps of a batch are those of the longest draft."""
+
+
+def lane_key(task: str, batch: int) -> tuple[str, int]:
+    """Batches may mix tasks, so they have lanes of their own."""
+    return (task if batch == 1 else "", batch_bucket(batch))
+
+
+def state_of(bank: TimeBank, priced: bool) -> int:
+    """What decides how many rounds may wait. priced: the price of a plain step is known."""
+    return SAVES * (bank.saving_for > 0.0) | SHORT * bank.is_short | AMPLE * bank.is_ample | PRICED * priced
 
 
 def is_speculative(record: StepRecord) -> bool:

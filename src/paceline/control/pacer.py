@@ -42,10 +42,11 @@ from paceline.control.offers import (
     Offer,
     RunningDraft,
     alike,
-    batch_bucket,
     is_speculative,
+    lane_key,
     lend_reading,
     spread_lag,
+    state_of,
 )
 from paceline.control.pricing import LearnedCosts, best_ratio, round_seconds, worth_another
 from paceline.control.probing import ProbeSchedule
@@ -107,7 +108,7 @@ class Pacer(Controller):
         self._renewing = False
         """The running round is to tell the price of a plain step."""
         self._state = 0
-        """As `_find_state` had it."""
+        """As `state_of` had it when rounds were taken in last: to look in every round would cost more than it saves."""
         library = load_library()
         self._core = None if isinstance(library, str) else self._compiled(library)
         if options.explain:
@@ -120,7 +121,7 @@ class Pacer(Controller):
     def plan_unseen(self, task: str, batch_size: int) -> Plan | None:
         if self._bank.saving_for > 0.0:
             return SAVING
-        lane = self._lanes.get(_lane_key(task, batch_size))
+        lane = self._lanes.get(lane_key(task, batch_size))
         if lane is not None and batch_size > 1 and self._tokens < lane.rest_until:
             return RESTING
         return FORBIDDEN if lane is not None and lane.arbiter.forbids else None
@@ -222,12 +223,6 @@ class Pacer(Controller):
         running = self._running.get(record.request_id)
         return running is None or running.catch_up > 0
 
-    def _find_state(self) -> int:
-        """The bank and the price of a plain step, told once for the rounds to come: these looks would cost more than they save."""
-        bank = self._bank
-        state = SAVES * (bank.saving_for > 0.0) | SHORT * bank.is_short | AMPLE * bank.is_ample
-        return state | PRICED * self._costs.knows_plain(1)
-
     @property
     def _due(self) -> int:
         """How many rounds of single sequences may wait."""
@@ -241,7 +236,7 @@ class Pacer(Controller):
         state = self._core.take_in(finished, self._tokens, self._running) if self._core is not None else None
         if state is None:
             self._take_in_reference(finished)
-            state = self._find_state()
+            state = state_of(self._bank, self._costs.knows_plain(1))
         self._state = state
 
     def _take_in_reference(self, finished: Sequence[StepRecord]) -> None:
@@ -313,7 +308,7 @@ class Pacer(Controller):
             self._core = None
 
     def _lane(self, task: str, batch: int, plain: float) -> Lane:
-        key = _lane_key(task, batch)
+        key = lane_key(task, batch)
         lane = self._lanes.get(key)
         if lane is None:
             lane = self._lanes[key] = Lane()
@@ -407,8 +402,3 @@ class Pacer(Controller):
     def _why_draft(self, num_draft: int, emitted: float, steps: float, probe: bool) -> str:
         verb = "probing" if probe else "drafting"
         return f"{verb} {num_draft}: expects {emitted:.1f} tokens for {steps:.2f} plain steps" if self.options.explain else verb
-
-
-def _lane_key(task: str, batch: int) -> tuple[str, int]:
-    """Batches may mix tasks, so they have lanes of their own."""
-    return (task if batch == 1 else "", batch_bucket(batch))

@@ -210,7 +210,7 @@ static void learn(Core *core, const Lesson *lessons, int64_t count) {
     }
 }
 
-/* `Pacer._state`. */
+/* `offers.state_of`. */
 static int64_t state_of(const Core *core) {
     const TimeBank *bank = core->bank;
     int64_t state = bank->saving_for > 0.0 ? SAVES : 0;
