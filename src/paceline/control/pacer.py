@@ -214,9 +214,9 @@ class Pacer(Controller):
 
     def _is_urgent(self, record: StepRecord) -> bool:
         """Whether a speculative round is charged at once. Else it waits: what was granted to it stays granted until then."""
-        if not self._state & AMPLE or record.probe:
+        if not self._state & AMPLE or record.probe or record.round_seconds > SUSPECT * record.expected_seconds:
             return True
-        if record.round_seconds > SUSPECT * record.expected_seconds and not record.warmup:
+        if record.warmup:  # a request's first rounds: what they tell of its drafts is wanted soon
             return True
         if 2.0 * self._bank.granted > self._bank.slack:  # else the next plan would be refused what is only promised away
             return True
