@@ -297,12 +297,12 @@ class Engine:
         if asked := [(step, context) for step, context in looks if context is not None]:
             started = perf_counter()
             plans = controller.plan_batch([context for _, context in asked])
+            seconds += perf_counter() - started
             for (step, context), plan in zip(asked, plans, strict=True):
                 step.plan = plan
                 for outlook in context.outlooks if plan.drafter is not None else ():
                     if outlook.drafter == plan.drafter:
                         step.signal = outlook.signal
-            seconds += perf_counter() - started
         self._learning = 0.0
         for step, _ in looks:
             step.control_seconds += seconds / len(requests)

@@ -11,7 +11,7 @@ import ctypes
 import sys
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import addressof, c_double, c_int, c_int64, c_void_p
+from ctypes import Array, addressof, c_double, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -117,7 +117,7 @@ def _prior_table(tag: str) -> Any:
 
 def _in_place(given: Sequence[float]) -> Any:
     """Chances as C reads them: often they lie so already."""
-    if isinstance(given, ctypes.Array):
+    if isinstance(given, Array):
         return given
     return (c_double * len(given))(*given) if given else None
 
