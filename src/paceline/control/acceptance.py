@@ -296,16 +296,18 @@ class AcceptanceModel:
             pool = PositionTable(POOL_DISCOUNT, self._expected_rates(task, drafter, bucket), POOL_WEIGHT)
         return self.shifted(request_id, drafter, pool.rates(count))
 
+    def _known(self, request_id: int, drafter: str) -> WatchedShift | None:
+        shifts = self._requests.get(request_id)
+        return shifts.get(drafter) if shifts is not None else None
+
     def shifted(self, request_id: int, drafter: str, rates: list[float]) -> list[float]:
         """The rates with the request's own odds."""
-        shifts = self._requests.get(request_id)
-        shift = shifts.get(drafter) if shifts is not None else None
+        shift = self._known(request_id, drafter)
         return shift.apply(rates) if shift is not None else rates
 
     def doubt(self, request_id: int, drafter: str, rate: float, gap: float) -> float:
         """How plausible it is that a true rate exceeds its estimate by `gap`: 1 when the evidence does not speak against it."""
-        shifts = self._requests.get(request_id)
-        shift = shifts.get(drafter) if shifts is not None else None
+        shift = self._known(request_id, drafter)
         total = self._weight + (shift.total if shift is not None else 0.0)
         variance = max(rate * (1.0 - rate), 0.01) / total
         return math.exp(-gap * gap / (2.0 * variance))

@@ -182,9 +182,7 @@ class Core:
         entry: _Entry | None
         if request is None or request.task != context.task or most >= EXACT_ROWS:
             return None
-        if (
-            len(context.outlooks) == 1 and (outlook := context.outlooks[0]).available > 0
-        ):  # the usual case, for which lists are dear
+        if len(context.outlooks) == 1 and (outlook := context.outlooks[0]).available > 0:  # the usual case, without lists
             entry = request.entries.get(outlook.drafter) or self._enter(context.request_id, request, outlook.drafter)
             if outlook.catch_up:
                 return None

@@ -133,9 +133,8 @@ def allocate(
             deepest[drafter] = depth
         emitted += chance * min(share.weight, 1.0)
         found.order.append(i)
-        found.seconds.append(
-            max(forwards[len(found.order)], forwards[0]) + host
-        )  # near equals are noisy: a row is never a gain of time
+        # Near equals are noisy: a row is never a gain of time.
+        found.seconds.append(max(forwards[len(found.order)], forwards[0]) + host)
         found.emitted.append(emitted)
     return found
 

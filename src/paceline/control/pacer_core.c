@@ -215,7 +215,7 @@ static int64_t state_of(const Core *core) {
     const TimeBank *bank = core->bank;
     int64_t state = bank->saving_for > 0.0 ? SAVES : 0;
     if (bank_is_short(bank)) state |= SHORT;
-    if (bank->slack >= 4.0 * bank->start * bank->opened_at) state |= AMPLE;
+    if (bank_is_ample(bank)) state |= AMPLE;
     if (core->costs->plain[1].count >= TRUSTED) state |= PRICED;
     return state;
 }

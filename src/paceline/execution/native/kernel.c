@@ -305,7 +305,8 @@ void paceline_close(Engine *e) {
   }
   close_acts(&e->acts);
   close_acts(&e->inner);
-  void *owned[] = {e->positions, e->ancestors, e->x, e->qkv, e->attn, e->rope_cos, e->rope_sin, e->partials, e->bounds, e->thread, e->worker};
+  void *owned[] = {e->positions, e->ancestors, e->x, e->qkv, e->attn, e->rope_cos, e->rope_sin, e->partials, e->bounds, e->thread,
+                   e->worker};
   for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
   free(e);
 }
