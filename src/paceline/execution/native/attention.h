@@ -4,7 +4,7 @@
  * slots that are joined in order: so it has the same bits in a chain, in a tree and in any batch, and chunks can be shared out.
  * Queries that share a kv head go together, so that a key or value is read and converted once for up to QUERIES of them.
  *
- * Cache layout of one (layer, kv head), in words of 32 bits: keys [capacity/16][D/P][16] (a lane is a position), values
+ * Cache layout of one (layer, kv head), in words of 32 bits: keys [capacity/16][D/P][16] (positions side by side), values
  * [capacity/P][D]. At fp32 a word is a float (P = 1); else it is two bf16 (P = 2): neighbouring inputs of a key, neighbouring
  * slots of a value, as the processor's dot product of pairs and its matrix unit want them. A slot plus the segment's shift is its
  * position; a sequence that keeps only some rows has a shift, and its first slots hold rows of lower positions (in windowed layers:
@@ -21,13 +21,13 @@
 #define VECTOR_QUERIES 12 /* without a matrix unit */
 #define WIDEST_TILED 256  /* largest head that goes through the matrix unit */
 #define MAX_TREE 64
-#define TAIL (MAX_TREE + 32)                         /* scores of a tree's rows, from a multiple of 16 */
+#define TAIL (MAX_TREE + 32)                         /* scores of a tree's rows, from a multiple of BLOCK */
 /* Floats, and one partial result: scores, their tails, weights, queries side by side, sums. */
 #define ATTENTION_SCRATCH (QUERIES * (CHUNK + TAIL + CHUNK / 2 + WIDEST_TILED / 2 + 64))
 
 typedef struct {
   uint8_t *keys, *values; /* [layers][kv heads] regions as above */
-  int32_t capacity;       /* slots, a multiple of 16 */
+  int32_t capacity;       /* slots, a multiple of BLOCK */
   int32_t base;           /* committed slots */
   int32_t first_row, num_rows;
   int32_t is_tree; /* rows carry ancestor bits; otherwise row i sees rows 0..i */
@@ -51,11 +51,11 @@ typedef struct {
 typedef struct {
   int count, width;
   const float *q[QUERIES]; /* words: [D], or [D/2] pairs of bf16 */
-  float *out[QUERIES]; /* partial results: top splat[16], total[16], sum[D] */
+  float *out[QUERIES]; /* partial results: top splat[BLOCK], total[BLOCK] (LANES of each in use), sum[D] */
   int row_of[QUERIES]; /* in the segment */
 } Queries;
 
-INLINE int partial_size(int dim) { return 32 + dim; }
+INLINE int partial_size(int dim) { return 2 * BLOCK + dim; }
 
 INLINE Span span_of(const Segment *s, const AttentionSpec *a, int row) {
   Span span = {0, s->base + row + 1};
@@ -65,17 +65,24 @@ INLINE Span span_of(const Segment *s, const AttentionSpec *a, int row) {
   return span;
 }
 
-INLINE v16 load_words(const uint8_t *p, size_t word) { return load16((const float *)p + word); }
-INLINE v16 multiply_words(v16 acc, v16 a, v16 b, const int f32) {
+/* Vectors that `rows` queries meet at once: their sums are to stay in registers, of which there are 32 with AVX-512, else 16. */
+#define SUMS 24
+INLINE int side_by_side(const int rows) {
+  if (HAVE_AVX512) return rows <= 6 ? 4 : 2;
+  return rows <= 3 ? 4 : rows <= 6 ? 2 : 1;
+}
+
+INLINE vec load_words(const uint8_t *p, size_t word) { return load((const float *)p + word); }
+INLINE vec multiply_words(vec acc, vec a, vec b, const int f32) {
   if (f32) return FMA(a, b, acc);
-  return dot2(acc, (v16i)a, (v16i)b);
+  return dot2(acc, (veci)a, (veci)b);
 }
 INLINE size_t words_of(const Segment *s, int dim, int f32) { return (size_t)s->capacity * dim >> !f32; } /* of a region */
 
 /* Places of one number of a key or a value in its region, counted in numbers. */
 INLINE size_t key_at(int dim, int slot, int i, int f32) {
-  if (f32) return ((size_t)(slot / 16) * dim + i) * 16 + slot % 16;
-  return (((size_t)(slot / 16) * (dim / 2) + i / 2) * 16 + slot % 16) * 2 + i % 2;
+  if (f32) return ((size_t)(slot / BLOCK) * dim + i) * BLOCK + slot % BLOCK;
+  return (((size_t)(slot / BLOCK) * (dim / 2) + i / 2) * BLOCK + slot % BLOCK) * 2 + i % 2;
 }
 INLINE size_t value_at(int dim, int slot, int i, int f32) {
   return f32 ? (size_t)slot * dim + i : ((size_t)(slot / 2) * dim + i) * 2 + slot % 2;
@@ -83,10 +90,10 @@ INLINE size_t value_at(int dim, int slot, int i, int f32) {
 
 static void write_key(Segment *s, size_t region, int dim, int slot, const float *key, int f32) {
   size_t at = region * (size_t)s->capacity * dim;
-  for (int i = 0; i < dim; i += 16) {
-    uint16_t half[16];
-    store_bf16(half, load16(key + i));
-    for (int j = 0; j < 16; j++) {
+  for (int i = 0; i < dim; i += LANES) {
+    uint16_t half[LANES];
+    store_bf16(half, load(key + i));
+    for (int j = 0; j < LANES; j++) {
       size_t to = at + key_at(dim, slot, i + j, f32);
       if (f32) ((float *)s->keys)[to] = key[i + j];
       else ((uint16_t *)s->keys)[to] = half[j];
@@ -97,12 +104,12 @@ static void write_key(Segment *s, size_t region, int dim, int slot, const float 
 /* Values are made finite: a later row's value counts zero times in an earlier row, which must be zero. */
 static void write_value(Segment *s, size_t region, int dim, int slot, const float *value, int f32) {
   size_t at = region * (size_t)s->capacity * dim;
-  v16 limit = splat(3.3e38f);
-  for (int i = 0; i < dim; i += 16) {
-    v16 v = vmin(vmax(load16(value + i), -limit), limit);
-    uint16_t half[16];
+  vec limit = splat(3.3e38f);
+  for (int i = 0; i < dim; i += LANES) {
+    vec v = vmin(vmax(load(value + i), -limit), limit);
+    uint16_t half[LANES];
     store_bf16(half, v);
-    for (int j = 0; j < 16; j++) {
+    for (int j = 0; j < LANES; j++) {
       size_t to = at + value_at(dim, slot, i + j, f32);
       if (f32) ((float *)s->values)[to] = v[j];
       else ((uint16_t *)s->values)[to] = half[j];
@@ -110,60 +117,63 @@ static void write_value(Segment *s, size_t region, int dim, int slot, const floa
   }
 }
 
-/* scores[r][16 j ..] of key blocks block .. block + blocks: each a sum over D in order. On the way it asks memory for the values
- * of these slots, and the values' sums ask for the keys of the next chunk: a long context does not fit the caches. */
-INLINE void score_blocks(const Queries *b, const Segment *s, size_t at, const AttentionSpec *a, const int rows, const int blocks,
-                         int block, float *scores, int stride, const int f32) {
-  v16 acc[24];
-  UNROLL for (int i = 0; i < rows * blocks; i++) acc[i] = splat(0);
+/* scores[r][LANES j ..] of `count` vectors of keys from vector `first` on: each a sum over D in order. On the way it asks memory for
+ * the values of these slots, and the values' sums ask for the keys of the next chunk: a long context does not fit the caches. */
+INLINE void score_vectors(const Queries *b, const Segment *s, size_t at, const AttentionSpec *a, const int rows, const int count,
+                          int first, float *scores, int stride, const int f32) {
+  vec acc[SUMS];
+  size_t word[4];
   int words = f32 ? a->dim : a->dim / 2;
-  size_t first = at + (size_t)block * words * 16;
+  UNROLL for (int i = 0; i < rows * count; i++) acc[i] = splat(0);
+  UNROLL for (int j = 0; j < count; j++)
+    word[j] = at + ((size_t)((first + j) / PARTS) * words) * BLOCK + (size_t)((first + j) % PARTS) * LANES;
   for (int d = 0; d < words; d++)
-    UNROLL for (int j = 0; j < blocks; j++) {
-      size_t word = first + ((size_t)j * words + d) * 16;
-      v16 k = load_words(s->keys, word);
-      __builtin_prefetch(s->values + 4 * word, 0, 2);
-      UNROLL for (int r = 0; r < rows; r++) acc[r * blocks + j] = multiply_words(acc[r * blocks + j], k, splat(b->q[r][d]), f32);
+    UNROLL for (int j = 0; j < count; j++) {
+      vec k = load_words(s->keys, word[j] + (size_t)d * BLOCK);
+      __builtin_prefetch(s->values + 4 * (word[j] + (size_t)d * BLOCK), 0, 2);
+      UNROLL for (int r = 0; r < rows; r++) acc[r * count + j] = multiply_words(acc[r * count + j], k, splat(b->q[r][d]), f32);
     }
   UNROLL for (int r = 0; r < rows; r++)
-    UNROLL for (int j = 0; j < blocks; j++) store16(scores + (size_t)r * stride + 16 * j, acc[r * blocks + j]);
+    UNROLL for (int j = 0; j < count; j++) store(scores + (size_t)r * stride + LANES * j, acc[r * count + j]);
 }
 
+/* Scores of key blocks [block, last). */
 INLINE void score_rows(const Queries *b, const Segment *s, size_t at, const AttentionSpec *a, const int rows, int block, int last,
                        float *scores, int stride, const int f32) {
-  const int wide = rows <= 6 ? 4 : 2;
-  for (; block + wide <= last; block += wide, scores += 16 * wide)
-    score_blocks(b, s, at, a, rows, wide, block, scores, stride, f32);
-  for (; block < last; block++, scores += 16) score_blocks(b, s, at, a, rows, 1, block, scores, stride, f32);
+  const int wide = side_by_side(rows);
+  int first = block * PARTS, end = last * PARTS;
+  for (; first + wide <= end; first += wide, scores += LANES * wide)
+    score_vectors(b, s, at, a, rows, wide, first, scores, stride, f32);
+  for (; first < end; first++, scores += LANES) score_vectors(b, s, at, a, rows, 1, first, scores, stride, f32);
 }
 
 /* out[r] sum = weights[r][i] * value word i over i in order. */
-INLINE void sum_columns(const Queries *b, const Segment *s, size_t at, int dim, const int rows, const int lanes, int column,
+INLINE void sum_columns(const Queries *b, const Segment *s, size_t at, int dim, const int rows, const int count, int column,
                         int n, const float *weights, const int f32) {
-  v16 acc[24];
-  UNROLL for (int i = 0; i < rows * lanes; i++) acc[i] = splat(0);
+  vec acc[SUMS];
+  UNROLL for (int i = 0; i < rows * count; i++) acc[i] = splat(0);
   for (int i = 0; i < n; i++) {
-    v16 v[4];
-    UNROLL for (int c = 0; c < lanes; c++) {
-      size_t word = at + (size_t)i * dim + column + 16 * c;
+    vec v[4];
+    UNROLL for (int c = 0; c < count; c++) {
+      size_t word = at + (size_t)i * dim + column + LANES * c;
       v[c] = load_words(s->values, word);
       __builtin_prefetch(s->keys + 4 * (word + ((size_t)CHUNK * dim >> !f32)), 0, 2);
     }
     UNROLL for (int r = 0; r < rows; r++) {
-      v16 weight = splat(weights[r * (f32 ? CHUNK : CHUNK / 2) + i]);
-      UNROLL for (int c = 0; c < lanes; c++) acc[r * lanes + c] = multiply_words(acc[r * lanes + c], v[c], weight, f32);
+      vec weight = splat(weights[r * (f32 ? CHUNK : CHUNK / 2) + i]);
+      UNROLL for (int c = 0; c < count; c++) acc[r * count + c] = multiply_words(acc[r * count + c], v[c], weight, f32);
     }
   }
   UNROLL for (int r = 0; r < rows; r++)
-    UNROLL for (int c = 0; c < lanes; c++) store16(b->out[r] + 32 + column + 16 * c, acc[r * lanes + c]);
+    UNROLL for (int c = 0; c < count; c++) store(b->out[r] + 2 * BLOCK + column + LANES * c, acc[r * count + c]);
 }
 
 INLINE void sum_rows(const Queries *b, const Segment *s, size_t at, int dim, const int rows, int n, const float *weights,
                      const int f32) {
-  const int lanes = rows <= 6 ? 4 : 2;
+  const int wide = side_by_side(rows);
   int column = 0;
-  for (; column + 16 * lanes <= dim; column += 16 * lanes) sum_columns(b, s, at, dim, rows, lanes, column, n, weights, f32);
-  for (; column < dim; column += 16) sum_columns(b, s, at, dim, rows, 1, column, n, weights, f32);
+  for (; column + LANES * wide <= dim; column += LANES * wide) sum_columns(b, s, at, dim, rows, wide, column, n, weights, f32);
+  for (; column < dim; column += LANES) sum_columns(b, s, at, dim, rows, 1, column, n, weights, f32);
 }
 
 /* Numbers of queries are constants inside, so that sums stay in registers. */
@@ -194,32 +204,35 @@ static void pad_queries(Queries *b, float *spare) {
   for (int i = b->count; i < b->width; i++) b->q[i] = b->q[0], b->out[i] = spare;
 }
 
-/* w[0 .. 16 blocks) becomes exp(scale * w - top), zero outside [from, to); half the same as bf16. Leaves top and the lanes of the
- * total in out. */
-static void softmax(float *w, uint16_t *half, int blocks, int from, int to, float scale, float *out) {
-  const v16i lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  v16 top = splat(-1e30f), total = splat(0);
-  for (int i = 0; i < blocks; i++) {
-    v16 x = load16(w + 16 * i) * splat(scale);
-    if (16 * i < from || 16 * i + 16 > to) {
-      v16i at = lane + splat_i(16 * i), seen = (at >= splat_i(from)) & (at < splat_i(to));
-      x = (v16)(((v16i)x & seen) | ((v16i)splat(-1e30f) & ~seen));
+/* Which lanes of a vector from slot `at` lie in [from, to). */
+INLINE veci lanes_within(int at, int from, int to) {
+  veci slot = splat_i(at);
+  for (int i = 0; i < LANES; i++) slot[i] += i;
+  return (slot >= splat_i(from)) & (slot < splat_i(to));
+}
+
+/* w[0 .. n), n a multiple of BLOCK, becomes exp(scale * w - top), zero outside [from, to); half the same as bf16. Leaves top and
+ * the lanes of the total in out. */
+static void softmax(float *w, uint16_t *half, int n, int from, int to, float scale, float *out) {
+  vec top = splat(-1e30f), total = splat(0);
+  for (int i = 0; i < n; i += LANES) {
+    vec x = load(w + i) * splat(scale);
+    if (i < from || i + LANES > to) {
+      veci seen = lanes_within(i, from, to);
+      x = (vec)(((veci)x & seen) | ((veci)splat(-1e30f) & ~seen));
     }
     top = vmax(top, x);
   }
-  v16 largest = splat(hmax(top));
-  for (int i = 0; i < blocks; i++) {
-    v16 e = vexp(load16(w + 16 * i) * splat(scale) - largest);
-    if (16 * i < from || 16 * i + 16 > to) {
-      v16i at = lane + splat_i(16 * i), seen = (at >= splat_i(from)) & (at < splat_i(to));
-      e = (v16)((v16i)e & seen);
-    }
-    store16(w + 16 * i, e);
-    store_bf16(half + 16 * i, e);
+  vec largest = splat(hmax(top));
+  for (int i = 0; i < n; i += LANES) {
+    vec e = vexp(load(w + i) * splat(scale) - largest);
+    if (i < from || i + LANES > to) e = (vec)((veci)e & lanes_within(i, from, to));
+    store(w + i, e);
+    store_bf16(half + i, e);
     total = total + e;
   }
-  store16(out, largest);
-  store16(out + 16, total);
+  store(out, largest);
+  store(out + BLOCK, total);
 }
 
 /* The rows of the segment that a tree's row sees, in order. */
@@ -229,16 +242,16 @@ static int path_of(uint64_t ancestors, uint8_t *path) {
   return n;
 }
 
-/* The word of values, columns c .. c + 16, of the path's slots `slot` and (in pairs) slot + 1, wherever these lie. */
-INLINE v16i path_values(const Segment *s, size_t at, const AttentionSpec *a, const uint8_t *path, int slot, int to, int c, const int f32) {
+/* The word of values, columns c .. c + LANES, of the path's slots `slot` and (in pairs) slot + 1, wherever these lie. */
+INLINE veci path_values(const Segment *s, size_t at, const AttentionSpec *a, const uint8_t *path, int slot, int to, int c, const int f32) {
   int real[2];
   for (int j = 0; j < 2; j++) {
     int wanted = slot + j < to ? slot + j : slot; /* beyond the end the weight is zero */
     real[j] = wanted < s->base ? wanted : s->base + path[wanted - s->base];
   }
-  v16i low = (v16i)load_words(s->values, at + (size_t)(real[0] >> !f32) * a->dim + c);
+  veci low = (veci)load_words(s->values, at + (size_t)(real[0] >> !f32) * a->dim + c);
   if (f32) return low;
-  v16i high = (v16i)load_words(s->values, at + (size_t)(real[1] >> 1) * a->dim + c);
+  veci high = (veci)load_words(s->values, at + (size_t)(real[1] >> 1) * a->dim + c);
   if (real[0] % 2) low = low >> 16;
   if (real[1] % 2 == 0) high = high << 16;
   return (low & splat_i(0xffff)) | (high & splat_i((int32_t)0xffff0000));
@@ -248,9 +261,9 @@ INLINE v16i path_values(const Segment *s, size_t at, const AttentionSpec *a, con
 INLINE void sum_branch(const Segment *s, size_t at, const AttentionSpec *a, const uint8_t *path, int from, int to, const float *weights,
                        float *sum, const int f32) {
   for (int slot = from, i = 0; slot < to; slot += 2 - f32, i++)
-    for (int c = 0; c < a->dim; c += 16) {
-      v16i v = path_values(s, at, a, path, slot, to, c, f32);
-      store16(sum + c, multiply_words(load16(sum + c), (v16)v, splat(weights[i]), f32));
+    for (int c = 0; c < a->dim; c += LANES) {
+      veci v = path_values(s, at, a, path, slot, to, c, f32);
+      store(sum + c, multiply_words(load(sum + c), (vec)v, splat(weights[i]), f32));
     }
 }
 
@@ -259,14 +272,14 @@ static void sum_branch_tiled(const Segment *s, size_t at, const AttentionSpec *a
                              const float *weights, float *sum) {
   unsigned before = flush_denormals();
   for (; from < to; from += TILE_INPUTS, weights += TILE_INPUTS / 2)
-    for (int c = 0; c < a->dim; c += 16) {
-      v16 even = splat(0), odd = splat(0);
+    for (int c = 0; c < a->dim; c += LANES) {
+      vec even = splat(0), odd = splat(0);
       for (int i = 0; i < TILE_INPUTS / 2 && from + 2 * i < to; i++) {
-        v16i v = path_values(s, at, a, path, from + 2 * i, to, c, 0), w = (v16i)splat(weights[i]);
+        veci v = path_values(s, at, a, path, from + 2 * i, to, c, 0), w = (veci)splat(weights[i]);
         even = FMA(bf16_low(w), bf16_low(v), even);
         odd = FMA(bf16_high(w), bf16_high(v), odd);
       }
-      store16(sum + c, load16(sum + c) + (even + odd));
+      store(sum + c, load(sum + c) + (even + odd));
     }
   restore_denormals(before);
 }
@@ -285,7 +298,7 @@ static void sum_values_tiled(const Queries *b, const Segment *s, size_t at, int 
     const uint8_t *ahead = s->keys + 4 * (at + (size_t)CHUNK * dim / 2);
     tile_values(weights, CHUNK, s->values + 4 * at, ahead, dim, column, tiles, sums);
     for (int r = 0; r < b->count; r++)
-      for (int c = 0; c < 64 && column + c < dim; c += 16) store16(b->out[r] + 32 + column + c, load16(sums + 64 * r + c));
+      for (int c = 0; c < 64 && column + c < dim; c += LANES) store(b->out[r] + 2 * BLOCK + column + c, load(sums + 64 * r + c));
   }
 }
 
@@ -294,7 +307,7 @@ static void sum_values_tiled(const Queries *b, const Segment *s, size_t at, int 
 static void attend_chunk(const Segment *s, size_t region, const AttentionSpec *a, Queries *b, int first, float *scratch) {
   float *tail = scratch + QUERIES * CHUNK, *halves = tail + QUERIES * TAIL, *sums = halves + QUERIES * CHUNK / 2;
   uint16_t *queries = (uint16_t *)(sums + 64 * QUERIES);
-  int pair = 2 - a->kv_f32, stride = CHUNK / pair, unit = a->tiled ? TILE_INPUTS : 16, branch_unit = a->tiled ? TILE_INPUTS : pair;
+  int pair = 2 - a->kv_f32, stride = CHUNK / pair, unit = a->tiled ? TILE_INPUTS : BLOCK, branch_unit = a->tiled ? TILE_INPUTS : pair;
   const float *weights = a->kv_f32 ? scratch : halves;
   size_t at = region * words_of(s, a->dim, a->kv_f32);
   int low = first + CHUNK, high = first, end = 0; /* of all queries: slots in the chunk, end of the longest path */
@@ -311,22 +324,22 @@ static void attend_chunk(const Segment *s, size_t region, const AttentionSpec *a
   high = end < first + CHUNK ? end : first + CHUNK;
   int branches = s->is_tree && high > s->base; /* slots of a path from `base` on are not slots of the cache */
   int trunk = branches ? s->base : high;
-  if (trunk > low) score_any(b, queries, s, at, a, low / 16, (trunk + 15) / 16, scratch + low - first, CHUNK);
+  if (trunk > low) score_any(b, queries, s, at, a, low / BLOCK, (trunk + BLOCK - 1) / BLOCK, scratch + low - first, CHUNK);
   uint8_t path[QUERIES][MAX_TREE];
   if (branches) {
-    score_any(b, queries, s, at, a, s->base / 16, (s->base + s->num_rows + 15) / 16, tail, TAIL);
+    score_any(b, queries, s, at, a, s->base / BLOCK, (s->base + s->num_rows + BLOCK - 1) / BLOCK, tail, TAIL);
     for (int r = 0; r < b->count; r++) {
       int n = path_of(a->ancestors[s->first_row + b->row_of[r]], path[r]);
       for (int i = 0; i < n; i++) {
         int slot = s->base + i - first;
-        if (slot >= 0 && slot < CHUNK) scratch[r * CHUNK + slot] = tail[r * TAIL + s->base % 16 + path[r][i]];
+        if (slot >= 0 && slot < CHUNK) scratch[r * CHUNK + slot] = tail[r * TAIL + s->base % BLOCK + path[r][i]];
       }
     }
   }
   for (int r = 0; r < b->count; r++) {
     int to = span[r].end < high ? span[r].end : high;
     softmax(scratch + r * CHUNK + low - first, (uint16_t *)(halves + r * CHUNK / 2) + low - first,
-            (high - low + unit - 1) / unit * (unit / 16), span[r].start - low, to - low, a->scale, b->out[r]);
+            (high - low + unit - 1) / unit * unit, span[r].start - low, to - low, a->scale, b->out[r]);
   }
   if (branches) trunk -= (trunk - first) % branch_unit;
   size_t values = at + (size_t)(low / pair) * a->dim;
@@ -339,21 +352,21 @@ static void attend_chunk(const Segment *s, size_t region, const AttentionSpec *a
   for (int r = 0; branches && r < b->count; r++) {
     int from = trunk > low ? trunk : low, to = span[r].end < high ? span[r].end : high;
     const float *w = weights + r * stride + (from - first) / pair;
-    if (a->kv_f32) sum_branch(s, at, a, path[r], from, to, w, b->out[r] + 32, 1);
-    else if (a->tiled) sum_branch_tiled(s, at, a, path[r], from, to, w, b->out[r] + 32);
-    else sum_branch(s, at, a, path[r], from, to, w, b->out[r] + 32, 0);
+    if (a->kv_f32) sum_branch(s, at, a, path[r], from, to, w, b->out[r] + 2 * BLOCK, 1);
+    else if (a->tiled) sum_branch_tiled(s, at, a, path[r], from, to, w, b->out[r] + 2 * BLOCK);
+    else sum_branch(s, at, a, path[r], from, to, w, b->out[r] + 2 * BLOCK, 0);
   }
 }
 
 /* Join the result of the next chunk to that of the chunks before it. */
 static void join(float *all, const float *next, int dim) {
-  v16 top = vmax(load16(all), load16(next)), old = vexp(load16(all) - top), new = vexp(load16(next) - top);
-  store16(all, top);
-  for (int i = 16; i < partial_size(dim); i += 16) store16(all + i, FMA(load16(next + i), new, load16(all + i) * old));
+  vec top = vmax(load(all), load(next)), old = vexp(load(all) - top), new = vexp(load(next) - top);
+  store(all, top);
+  for (int i = BLOCK; i < partial_size(dim); i += LANES) store(all + i, FMA(load(next + i), new, load(all + i) * old));
 }
 
 static void finish(const float *all, int dim, float *out) {
-  v16 inverse = splat(1.0f / hsum(load16(all + 16)));
-  for (int i = 0; i < dim; i += 16) store16(out + i, load16(all + 32 + i) * inverse);
+  vec inverse = splat(1.0f / hsum(load(all + BLOCK)));
+  for (int i = 0; i < dim; i += LANES) store(out + i, load(all + 2 * BLOCK + i) * inverse);
 }
 #endif

@@ -87,7 +87,7 @@ def declare(library: ctypes.CDLL) -> None:
     library.paceline_close.restype = None
     library.paceline_tile_bytes.argtypes = [ctypes.c_int, ctypes.c_int]
     library.paceline_tile_bytes.restype = c_size_t
-    library.paceline_avx512.restype = ctypes.c_int
+    library.paceline_lanes.restype = ctypes.c_int
     library.paceline_draw_bytes.argtypes = [ctypes.c_int]
     library.paceline_draw_bytes.restype = c_size_t
     library.paceline_draw.argtypes = [c_void_p, c_void_p, c_uint64, c_void_p, c_void_p]

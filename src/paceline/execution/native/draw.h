@@ -45,7 +45,7 @@ typedef struct {
 } Room;
 
 /* Places for a value of each token: whole vectors, and one more that `compress` may write. */
-INLINE size_t padded(int vocab) { return ((size_t)vocab + 15) / 16 * 16 + 16; }
+INLINE size_t padded(int vocab) { return ((size_t)vocab + LANES - 1) / LANES * LANES + LANES; }
 INLINE size_t blocks_of(int vocab) { return ((size_t)vocab + DRAW_BLOCK - 1) / DRAW_BLOCK; }
 
 static size_t draw_bytes(int vocab) {
@@ -62,61 +62,61 @@ static Room room_in(void *work, int vocab) {
   return r;
 }
 
-/* Sixteen logits from token i on; those behind the last one can never be drawn. */
-INLINE v16 logits_at(const Row *row, int i) {
-  if (i + 16 <= row->vocab) return load16(row->logits + i);
-  v16 x = splat(-INFINITY);
+/* LANES logits from token i on; those behind the last one can never be drawn. */
+INLINE vec logits_at(const Row *row, int i) {
+  if (i + LANES <= row->vocab) return load(row->logits + i);
+  vec x = splat(-INFINITY);
   for (int lane = 0; i + lane < row->vocab; lane++) x[lane] = row->logits[i + lane];
   return x;
 }
 
 /* x / y to the last bit; r: 1 / y. A division takes as long as all else that a weight needs. Where products and sums are fused, one
  * step of correction gives the same. Distances beyond 64, whose weights are 0, become 64, since infinity cannot be corrected. */
-INLINE v16 ratio(v16 x, float y, float r) {
-#if HAVE_AVX512
+INLINE vec ratio(vec x, float y, float r) {
+#if HAVE_FMA
   x = vmin(x, splat(64 * y));
-  v16 q = x * splat(r);
+  vec q = x * splat(r);
   return FMA(FMA(-q, splat(y), x), splat(r), q);
 #else
   return x / splat(y);
 #endif
 }
 
-INLINE v16 distances_at(const Row *row, int i) {
+INLINE vec distances_at(const Row *row, int i) {
   return ratio(splat(row->peak) - logits_at(row, i), row->temperature, row->inverse);
 }
 
 /* Weights before they are rounded down. */
-INLINE v16 weights_of(v16 far, float min_p) {
-  v16 share = vexp(-far);
-  return (v16)((v16i)(share * splat(UNIT)) & (v16i)(share >= splat(min_p)));
+INLINE vec weights_of(vec far, float min_p) {
+  vec share = vexp(-far);
+  return (vec)((veci)(share * splat(UNIT)) & (veci)(share >= splat(min_p)));
 }
 
-INLINE v16 within_limit(v16 weights, v16 far, uint32_t limit) {
-  return (v16)((v16i)weights & ((v16i)far <= splat_i((int32_t)limit)));
+INLINE vec within_limit(vec weights, vec far, uint32_t limit) {
+  return (vec)((veci)weights & ((veci)far <= splat_i((int32_t)limit)));
 }
 
-INLINE uint64_t sum_of(v8l x) {
+INLINE uint64_t sum_of(vecl x) {
   uint64_t sum = 0;
-  for (int i = 0; i < 8; i++) sum += (uint64_t)x[i];
+  for (int i = 0; i < LANES / 2; i++) sum += (uint64_t)x[i];
   return sum;
 }
 
 /* The largest logit; infinite where one is infinite above or not a number. */
 static float peak_of(const Row *row) {
-  v16 top[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
-  v16i faulty = splat_i(0);
+  vec top[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
+  veci faulty = splat_i(0);
   int i = 0;
-  for (; i + 64 <= row->vocab; i += 64)
+  for (; i + 4 * LANES <= row->vocab; i += 4 * LANES)
     for (int j = 0; j < 4; j++) {
-      v16 x = load16(row->logits + i + 16 * j);
+      vec x = load(row->logits + i + LANES * j);
       top[j] = vmax(top[j], x);
-      faulty |= (v16i)(x != x);
+      faulty |= (veci)(x != x);
     }
-  for (; i < row->vocab; i += 16) {
-    v16 x = logits_at(row, i);
+  for (; i < row->vocab; i += LANES) {
+    vec x = logits_at(row, i);
     top[0] = vmax(top[0], x);
-    faulty |= (v16i)(x != x);
+    faulty |= (veci)(x != x);
   }
   return any(faulty) ? INFINITY : hmax(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
 }
@@ -125,9 +125,9 @@ static float peak_of(const Row *row) {
 static uint64_t weigh(const Row *row, float min_p, uint64_t *sum) {
   uint64_t total = 0;
   for (int from = 0; from < row->vocab; from += DRAW_BLOCK) {
-    v8l weight = {0};
-    for (int i = from; i < from + DRAW_BLOCK && i < row->vocab; i += 16) {
-      v16 x = weights_of(distances_at(row, i), min_p);
+    vecl weight = {0};
+    for (int i = from; i < from + DRAW_BLOCK && i < row->vocab; i += LANES) {
+      vec x = weights_of(distances_at(row, i), min_p);
       weight += whole_low(x) + whole_high(x);
     }
     total += *sum++ = sum_of(weight);
@@ -139,11 +139,11 @@ static uint64_t weigh(const Row *row, float min_p, uint64_t *sum) {
 static uint64_t weigh_near(const Row *row, uint32_t limit, float min_p, uint64_t *sum) {
   uint64_t total = 0;
   for (int from = 0; from < row->vocab; from += DRAW_BLOCK) {
-    v8l weight = {0};
-    for (int i = from; i < from + DRAW_BLOCK && i < row->vocab; i += 16) {
-      v16 far = load16(row->far + i);
-      if (!any((v16i)far <= splat_i((int32_t)limit))) continue;
-      v16 x = within_limit(weights_of(far, min_p), far, limit);
+    vecl weight = {0};
+    for (int i = from; i < from + DRAW_BLOCK && i < row->vocab; i += LANES) {
+      vec far = load(row->far + i);
+      if (!any((veci)far <= splat_i((int32_t)limit))) continue;
+      vec x = within_limit(weights_of(far, min_p), far, limit);
       weight += whole_low(x) + whole_high(x);
     }
     total += *sum++ = sum_of(weight);
@@ -154,8 +154,8 @@ static uint64_t weigh_near(const Row *row, uint32_t limit, float min_p, uint64_t
 /* The keys up to a limit, one behind another; returns how many. */
 static int gather_keys(const Row *row, uint32_t limit, uint32_t *key) {
   int n = 0;
-  for (int i = 0; i < row->vocab; i += 16) {
-    v16i x = (v16i)load16(row->far + i);
+  for (int i = 0; i < row->vocab; i += LANES) {
+    veci x = (veci)load(row->far + i);
     n += compress(key + n, x, x <= splat_i((int32_t)limit));
   }
   return n;
@@ -212,10 +212,10 @@ static uint32_t nucleus(const Row *row, uint32_t limit, double top_p, const Room
   uint32_t near = limit;
   if (1 - top_p > 1e-6 && bound < 28) memcpy(&near, &bound, 4);
   int n = gather_keys(row, near < limit ? near : limit, room->key);
-  for (int i = 0; i < n; i += 16) {
-    v16 x = weights_of(load16((const float *)room->key + i), 0);
-    *(v8l *)(room->weight + i) = whole_low(x);
-    *(v8l *)(room->weight + i + 8) = whole_high(x);
+  for (int i = 0; i < n; i += LANES) {
+    vec x = weights_of(load((const float *)room->key + i), 0);
+    AT(vecl, room->weight + i) = whole_low(x);
+    AT(vecl, room->weight + i + LANES / 2) = whole_high(x);
   }
   return nearest(room->key, room->weight, n, top_p * all, room->tally);
 }
@@ -231,12 +231,12 @@ static uint32_t limit_of(const Row *row, const Law *law, const Room *room) {
 static int token_at(const Row *row, uint32_t limit, float min_p, uint64_t place, const uint64_t *sum) {
   int i = 0;
   for (; *sum <= place; i += DRAW_BLOCK) place -= *sum++;
-  for (;; i += 16) {
-    v16 far = distances_at(row, i), x = within_limit(weights_of(far, min_p), far, limit);
-    int64_t weight[16];
-    *(v8l *)weight = whole_low(x);
-    *(v8l *)(weight + 8) = whole_high(x);
-    for (int lane = 0; lane < 16; lane++) {
+  for (;; i += LANES) {
+    vec far = distances_at(row, i), x = within_limit(weights_of(far, min_p), far, limit);
+    int64_t weight[LANES];
+    AT(vecl, weight) = whole_low(x);
+    AT(vecl, weight + LANES / 2) = whole_high(x);
+    for (int lane = 0; lane < LANES; lane++) {
       if ((uint64_t)weight[lane] > place) return i + lane;
       place -= (uint64_t)weight[lane];
     }
@@ -255,7 +255,7 @@ static int draw(const float *logits, const Law *law, uint64_t number, void *work
   Room room = room_in(work, law->vocab);
   *drawn = (Drawn){0, row.peak, FARTHEST};
   if (law->top_k > 0 || law->top_p < 1) {
-    for (int i = 0; i < row.vocab; i += 16) store16(room.far + i, distances_at(&row, i));
+    for (int i = 0; i < row.vocab; i += LANES) store(room.far + i, distances_at(&row, i));
     row.far = room.far;
     drawn->limit = limit_of(&row, law, &room);
     drawn->total = weigh_near(&row, drawn->limit, law->min_p, room.sum);
@@ -268,12 +268,12 @@ static int draw(const float *logits, const Law *law, uint64_t number, void *work
 static double mass_of(const float *logits, const Law *law, const Drawn *drawn, const int32_t *tokens, int count) {
   Row row = row_of(logits, law, drawn->peak);
   uint64_t sum = 0;
-  for (int from = 0; from < count; from += 16) {
-    v16 x = splat(-INFINITY);
-    for (int i = 0; i < 16 && from + i < count; i++)
+  for (int from = 0; from < count; from += LANES) {
+    vec x = splat(-INFINITY);
+    for (int i = 0; i < LANES && from + i < count; i++)
       if (tokens[from + i] < law->vocab) x[i] = logits[tokens[from + i]];
-    v16 far = ratio(splat(row.peak) - x, row.temperature, row.inverse);
-    v16 weight = within_limit(weights_of(far, law->min_p), far, drawn->limit);
+    vec far = ratio(splat(row.peak) - x, row.temperature, row.inverse);
+    vec weight = within_limit(weights_of(far, law->min_p), far, drawn->limit);
     sum += sum_of(whole_low(weight) + whole_high(weight));
   }
   return (double)sum / (double)drawn->total;

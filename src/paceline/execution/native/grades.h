@@ -32,14 +32,14 @@ INLINE float rounding_error(const float *spread, const Acts *a, int groups, int 
 }
 
 /* As tile_rows. A row's bits are those that it has alone, whatever its neighbours compute with. */
-INLINE void choice_rows(const Choice *c, int tile, const Acts *a, int row, int m, v16 *y) {
+INLINE void choice_rows(const Choice *c, int tile, const Acts *a, int row, int m, float *y) {
   int wide = 0;
   for (int r = 0; c->is_wide && r < m; r++) wide += c->is_wide[row + r];
   tile_rows(wide == m ? c->wide : c->narrow, tile, a, row, m, y);
   if (wide == 0 || wide == m) return;
-  v16 other[8];
+  float other[8 * BLOCK];
   tile_rows(c->wide, tile, a, row, m, other);
   for (int r = 0; r < m; r++)
-    if (c->is_wide[row + r]) y[r] = other[r];
+    if (c->is_wide[row + r]) memcpy(y + BLOCK * r, other + BLOCK * r, BLOCK * sizeof *y);
 }
 #endif

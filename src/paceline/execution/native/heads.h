@@ -59,7 +59,7 @@ static void add_mass(const Segment *s, size_t region, const AttentionSpec *a, Qu
     for (int r = 0; r < b->count; r++) {
       Span span = span_of(s, a, b->row_of[r]);
       const float *joined = all + (size_t)partial_size(a->dim) * r;
-      float factor = expf(b->out[r][0] - joined[0]) / hsum(load16(joined + 16));
+      float factor = expf(b->out[r][0] - joined[0]) / hsum(load(joined + BLOCK));
       for (int i = 0; i < CHUNK; i++)
         if (first + i >= span.start && first + i < span.end) mass[first + i] += scratch[r * CHUNK + i] * factor;
     }

@@ -9,7 +9,7 @@
 #include "heads.h"
 #include "layer.h"
 
-#define ABI_VERSION 9
+#define ABI_VERSION 10
 
 static void embed(Worker *w) {
   Engine *e = w->engine;
@@ -53,7 +53,7 @@ static void run_layer(Worker *w, int l, int skip) {
     warm_up(w, &layer->down, 1);
     barrier(w);
     project_back(w, choose(w, l, DOWN, &layer->down, &e->inner), &e->inner, layer->norm_mlp_out);
-    if (l + 1 < m->layers) warm_up(w, &m->layer[l + 1].qkv, owns_heads(e) ? m->dim / 16 : 1);
+    if (l + 1 < m->layers) warm_up(w, &m->layer[l + 1].qkv, owns_heads(e) ? m->dim / BLOCK : 1);
     else warm_up(w, &m->head, 1);
     barrier(w);
   }
@@ -61,10 +61,10 @@ static void run_layer(Worker *w, int l, int skip) {
 
 /* The largest of n values, the first of equals; its place is -1 where a value is not finite. */
 static Top top_of(const float *x, int n) {
-  v16 top = splat(-INFINITY), sum = splat(0);
+  vec top = splat(-INFINITY), sum = splat(0);
   int i = 0;
-  for (; i + 16 <= n; i += 16) {
-    v16 v = load16(x + i);
+  for (; i + LANES <= n; i += LANES) {
+    vec v = load(x + i);
     top = vmax(top, v);
     sum = sum + (v - v); /* NaN as soon as one value is not finite */
   }
@@ -95,9 +95,9 @@ static void logits_of_share(Worker *w, const Acts *acts) {
   const Model *m = &e->model;
   int rows = e->batch->logit_rows, from, to;
   multiply(w, (Choice){&m->head, NULL, NULL}, acts, rows, e->batch->logits, m->vocab, 0);
-  share(w, (m->vocab + 15) / 16, 1, &from, &to);
-  from = 16 * from < m->vocab ? 16 * from : m->vocab;
-  to = 16 * to < m->vocab ? 16 * to : m->vocab;
+  share(w, (m->vocab + BLOCK - 1) / BLOCK, 1, &from, &to);
+  from = BLOCK * from < m->vocab ? BLOCK * from : m->vocab;
+  to = BLOCK * to < m->vocab ? BLOCK * to : m->vocab;
   for (int row = 0; row < rows; row++) {
     float *x = e->batch->logits + (size_t)row * m->vocab;
     if (m->logit_cap > 0)
@@ -180,12 +180,12 @@ static void *floats(size_t n) {
 }
 
 int paceline_abi(void) { return ABI_VERSION; }
-int paceline_avx512(void) { return HAVE_AVX512; }
+int paceline_lanes(void) { return LANES; }
 int paceline_tiled(const Engine *e) { return e->tiled; }
 size_t paceline_tile_bytes(int kind, int k) { return tile_bytes(kind, k); }
 
 static void open_acts(Acts *a, const Model *m, size_t values) {
-  if (m->act_kind == FP32) a->x = floats(values);
+  if (m->act_kind == FP32 || (m->act_kind == BF16 && !HAVE_PAIRS)) a->x = floats(values);
   else if (m->act_kind == BF16) a->half = floats(values / 2);
   else {
     a->q = floats(values / 4);

@@ -5,10 +5,10 @@
 #include "share.h"
 
 static void rms_norm(const float *x, const float *weight, int n, float eps, float *out) {
-  v16 total = splat(0);
-  for (int i = 0; i < n; i += 16) total = FMA(load16(x + i), load16(x + i), total);
-  v16 factor = splat(1.0f / sqrtf(hsum(total) / (float)n + eps));
-  for (int i = 0; i < n; i += 16) store16(out + i, load16(x + i) * factor * load16(weight + i));
+  vec total = splat(0);
+  for (int i = 0; i < n; i += LANES) total = FMA(load(x + i), load(x + i), total);
+  vec factor = splat(1.0f / sqrtf(hsum(total) / (float)n + eps));
+  for (int i = 0; i < n; i += LANES) store(out + i, load(x + i) * factor * load(weight + i));
 }
 
 /* The rows of x, normed, in the form that matrices want. */
@@ -28,7 +28,7 @@ static const Acts *normed(Worker *w, const float *weight) {
 /* Ask for the start of this worker's share of the next matrix (in blocks of `block` tiles), before it waits for the others. */
 static void warm_up(const Worker *w, const Matrix *next, int block) {
   int from, to;
-  share(w, (next->n + 15) / 16, block, &from, &to);
+  share(w, (next->n + BLOCK - 1) / BLOCK, block, &from, &to);
   const uint8_t *p = next->data + tile_bytes(next->kind, next->k) * from;
   for (int i = 0; i < AHEAD; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
@@ -52,29 +52,31 @@ static void multiply_tiles(Choice choice, const Acts *acts, int rows, float *out
   int n = choice.narrow->n;
   for (int tile = from; tile < to; tile++)
     for (int row = 0; row < rows; row += 8) {
-      v16 y[8];
-      int m = rows - row < 8 ? rows - row : 8, lanes = n - 16 * tile;
+      float y[8 * BLOCK];
+      int m = rows - row < 8 ? rows - row : 8, lanes = n - BLOCK * tile < BLOCK ? n - BLOCK * tile : BLOCK;
       choice_rows(&choice, tile, acts, row, m, y);
       for (int r = 0; r < m; r++) {
-        float *dst = out + (size_t)(row + r) * width + 16 * tile;
-        if (lanes < 16)
-          for (int i = 0; i < lanes; i++) dst[i] = (add ? dst[i] : 0.0f) + y[r][i];
-        else if (add) store16(dst, load16(dst) + y[r]);
-        else store16(dst, y[r]);
+        float *dst = out + (size_t)(row + r) * width + BLOCK * tile;
+        const float *src = y + BLOCK * r;
+        if (add && lanes == BLOCK)
+          for (int i = 0; i < BLOCK; i += LANES) store(dst + i, load(dst + i) + load(src + i));
+        else if (add)
+          for (int i = 0; i < lanes; i++) dst[i] += src[i];
+        else memcpy(dst, src, (size_t)lanes * 4);
       }
     }
 }
 
 static void multiply(Worker *w, Choice choice, const Acts *acts, int rows, float *out, int width, int add) {
   int from, to;
-  share(w, (choice.narrow->n + 15) / 16, 1, &from, &to);
+  share(w, (choice.narrow->n + BLOCK - 1) / BLOCK, 1, &from, &to);
   multiply_tiles(choice, acts, rows, out, width, add, from, to);
 }
 
-INLINE v16 activate(v16 gate, int gelu) {
+INLINE vec activate(vec gate, int gelu) {
   if (!gelu) return gate / (splat(1.0f) + vexp(-gate));
-  v16 inner = splat(0.7978845608f) * (gate + splat(0.044715f) * gate * gate * gate);
-  v16 e = vexp(inner + inner); /* tanh(u) = 1 - 2 / (exp(2u) + 1) */
+  vec inner = splat(0.7978845608f) * (gate + splat(0.044715f) * gate * gate * gate);
+  vec e = vexp(inner + inner); /* tanh(u) = 1 - 2 / (exp(2u) + 1) */
   return gate * (splat(1.0f) - splat(1.0f) / (e + splat(1.0f)));
 }
 
@@ -85,13 +87,15 @@ static void gate_up(Worker *w, Choice choice, const Acts *acts) {
   share(w, features / 32, 1, &from, &to);
   for (int group = from; group < to; group++)
     for (int row = 0; row < rows; row += 8) {
-      v16 y[4][8];
+      float y[4][8 * BLOCK];
       float middle[32];
       int m = rows - row < 8 ? rows - row : 8;
       for (int t = 0; t < 4; t++) choice_rows(&choice, 4 * group + t, acts, row, m, y[t]);
       for (int r = 0; r < m; r++) {
-        store16(middle, activate(y[0][r], e->model.gelu) * y[2][r]);
-        store16(middle + 16, activate(y[1][r], e->model.gelu) * y[3][r]);
+        for (int i = 0; i < 32; i += LANES) {
+          int tile = i / BLOCK, at = BLOCK * r + i % BLOCK;
+          store(middle + i, activate(load(y[tile] + at), e->model.gelu) * load(y[2 + tile] + at));
+        }
         put_acts(&e->inner, e->model.act_kind, features, row + r, 32 * group, middle, 32);
       }
     }
@@ -130,7 +134,7 @@ static void finish_head(Worker *w, int l, int row, int head) {
     write_key(s, region, dim, slot, x, m->kv_f32);
   } else if (!m->kv_f32) { /* in place, as the keys are kept */
     uint16_t *half = (uint16_t *)w->scratch;
-    for (int i = 0; i < dim; i += 16) store_bf16(half + i, load16(x + i));
+    for (int i = 0; i < dim; i += LANES) store_bf16(half + i, load(x + i));
     memcpy(x, half, (size_t)dim * 2);
   }
 }
@@ -142,7 +146,7 @@ static void project_heads(Worker *w, int l, Choice choice, const Acts *acts) {
   int heads = m->heads + 2 * m->kv_heads, rows = e->batch->rows, from, to;
   share(w, heads, 1, &from, &to);
   if (owns_heads(e)) {
-    multiply_tiles(choice, acts, rows, e->qkv, heads * m->dim, 0, from * m->dim / 16, to * m->dim / 16);
+    multiply_tiles(choice, acts, rows, e->qkv, heads * m->dim, 0, from * m->dim / BLOCK, to * m->dim / BLOCK);
   } else {
     multiply(w, choice, acts, rows, e->qkv, heads * m->dim, 0);
     barrier(w);

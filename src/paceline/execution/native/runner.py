@@ -36,6 +36,8 @@ from paceline.models.base import ModelSource
 MAX_ROWS = 512
 """Rows of one call of the kernels; longer prompts go in pieces."""
 MAX_TREE = 64
+VECTORS = {16: "AVX-512 VNNI", 8: "AVX2", 4: "portable vectors"}
+"""What the kernels were compiled for, by the lanes of a vector."""
 _FIRST_CAPACITY = 512
 _BLOCK = 32
 """Capacities are multiples of these slots: the matrix unit reads so many values at once, with weight zero behind the last."""
@@ -80,7 +82,7 @@ class NativeRunner(Runner):
         self._weights = NativeWeights(spec, weights or merged_weights(source, spec), precision, MAX_ROWS)
         self.grades, self.matrix_weights = self._weights.grades, spec.matrix_weights
         self._engine = self._open_engine(context)
-        vectors = "AVX-512 VNNI" if library.paceline_avx512() else "portable vectors"
+        lanes = library.paceline_lanes()
         tiles = ("attention by the matrix unit (AMX)",) if library.paceline_tiled(self._engine) else ()
         self.info = RunnerInfo(
             backend="native",
@@ -89,8 +91,8 @@ class NativeRunner(Runner):
             vocab_size=spec.vocab,
             max_context=context,
             num_layers=spec.layers,
-            fast_paths=("compiled forward", vectors, *tiles),
-            lost_paths=() if library.paceline_avx512() else ("AVX-512 VNNI: this processor lacks it",),
+            fast_paths=("compiled forward", VECTORS[lanes], *tiles),
+            lost_paths=() if lanes == 16 else (f"{VECTORS[16]}: this processor lacks it",),
             deterministic_rows=True,
             weight_bytes=self._weights.bytes,
             extra={
