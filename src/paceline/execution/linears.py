@@ -191,9 +191,10 @@ def lost_paths() -> tuple[str, ...]:
 @cache
 def lost_reason(precision: str) -> str | None:
     """Why the fast path of `bf16`, `int8` or `int4` cannot be used here, or None. Probes once per process."""
-    # Extreme and small integers: their products and sums are exact in every path, and saturation inside a kernel would show.
-    weight = torch.tensor([[127.0, -127.0, 1.0, 2.0]]).repeat(16, 16) if precision == "int8" else torch.ones(16, 64)
-    x = torch.tensor([[127.0, -127.0, 3.0, 4.0], [1.0, 2.0, -3.0, 127.0]]).repeat(1, 16)
+    # Extreme and small integers: their products and sums are exact in every path, and saturation inside a kernel would show: FBGEMM
+    # adds neighbours in 16 bits where the processor has AVX2 alone, so neighbours have the same sign.
+    weight = torch.tensor([[127.0, 127.0, 1.0, 2.0]]).repeat(16, 16) if precision == "int8" else torch.ones(16, 64)
+    x = torch.tensor([[127.0, 127.0, 3.0, 4.0], [-127.0, -127.0, -3.0, 127.0]]).repeat(1, 16)
     linear_class = {"bf16": PackedBf16Linear, "int8": Int8Linear, "int4": Int4Linear}[precision]
     if precision == "int4":
         weight[:, ::2] = -0.5  # two values only: 4-bit rounding keeps them
