@@ -37,6 +37,8 @@ class _Backend:
     """Whether it computes with a file's own quantised blocks."""
     runs_parts: bool = True
     """Whether it can be timed on `FirstLayers`."""
+    kernels: Callable[[], str] = lambda: ""
+    """Name of the kernels that it would run: other ones take other times."""
 
 
 def create_runner(source: ModelSource, config: RunnerConfig) -> Runner:
@@ -102,7 +104,7 @@ def _backends(device: str, config: RunnerConfig) -> list[_Backend]:
     lean = _Backend("lean", _lean_reason, partial(_build_lean, device=device, max_context=config.max_context))
     if device == "cpu":
         build = partial(_build_native, threads=config.threads, max_context=config.max_context)
-        return [_Backend("native", _native_reason, build, keeps_blocks=True), lean, hf]
+        return [_Backend("native", _native_reason, build, keeps_blocks=True, kernels=_native_kernels), lean, hf]
     build_cuda = partial(_build_cuda, device=device, max_context=config.max_context, memory_gb=config.memory_gb)
     cuda = _Backend("cuda", _cuda_reason, build_cuda)
     return [cuda, hf, *([lean] if config.backend == "lean" else [])]
@@ -112,6 +114,12 @@ def _native_reason(source: ModelSource, precision: str) -> str | None:
     from paceline.execution.native.runner import NativeRunner
 
     return NativeRunner.unsupported_reason(source, precision)
+
+
+def _native_kernels() -> str:
+    from paceline.execution.native.build import kernels_name
+
+    return kernels_name()
 
 
 def _build_native(source: ModelSource, precision: str, threads: int | None, max_context: int | None) -> Runner:
@@ -165,8 +173,8 @@ def _choose_precision(source: ModelSource, backend: _Backend, device: str) -> tu
     possible = [p for p in PRECISIONS if p != "auto" and backend.reason(source, p) is None]
     if not possible:
         return "fp32", "auto: nothing to choose from"
-    key = {**machine_key(device), "model": source.fingerprint, "backend": backend.name, "possible": possible}
-
+    what = {"model": source.fingerprint, "backend": backend.name, "kernels": backend.kernels(), "possible": possible}
+    key = {**machine_key(device), **what}
     allowed = [p for p in (*(kept_formats(source) if backend.keeps_blocks else ()), "bf16", "fp32") if p in possible]
 
     def measure() -> dict[str, float]:

@@ -9,10 +9,11 @@ from paceline.errors import ModelError, OptionError
 from paceline.execution import factory
 from paceline.execution.factory import choose_device, create_runner, kept_formats
 from paceline.execution.lean import LeanRunner
+from paceline.execution.native import build
 from paceline.execution.native.runner import NativeRunner
 from paceline.execution.probe_source import FirstLayers
 from paceline.models.base import QuantBlocks
-from unit.execution.toy_sources import ToySource, feed, random_tokens, stock_logits
+from unit.execution.toy_sources import CONFIGS, EXTRA_CONFIGS, ToySource, feed, random_tokens, stock_logits
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,17 @@ def test_auto_precision_takes_the_fastest_and_remembers_it(without_kernels, monk
         info = create("llama").info
         assert info.precision == "fp32"
         assert "fp32 1.00 ms, bf16 3.00 ms" in info.extra["precision_choice"]
+
+
+@pytest.mark.skipif(isinstance(build.load_library(), str), reason=str(build.load_library()))
+def test_auto_precision_is_measured_anew_for_other_kernels_since_the_choice_once_outlived_them(monkeypatch):
+    monkeypatch.setitem(EXTRA_CONFIGS, "wide_heads", {**CONFIGS["llama"], "head_dim": 16})
+    for kernels, seconds in (("old", {"bf16": 1e-3, "fp32": 2e-3}), ("new", {"bf16": 3e-3, "fp32": 1e-3})):
+        monkeypatch.setattr(factory, "_step_seconds", lambda build, seconds=seconds: seconds[build.args[1]])
+        monkeypatch.setattr(factory, "_native_kernels", lambda kernels=kernels: kernels)
+        info = create("wide_heads").info
+        assert info.backend == "native"
+        assert info.precision == min(seconds, key=seconds.__getitem__)
 
 
 def test_auto_precision_is_the_same_at_every_start_on_a_busy_machine_since_another_one_writes_another_text(

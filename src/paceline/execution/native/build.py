@@ -21,6 +21,12 @@ KERNELS = compiled.Sources(
 )
 
 
+def kernels_name() -> str:
+    """Name of the loaded kernels, which tells their sources, flags, compiler and processor; empty if there are none."""
+    library = load_library()
+    return "" if isinstance(library, str) else Path(library._name).stem
+
+
 @cache
 def load_library() -> ctypes.CDLL | str:
     """The loaded kernels, or the reason why there are none. Compiles on first use (about 8 s)."""
