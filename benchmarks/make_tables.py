@@ -158,11 +158,17 @@ def worst_of(rows: Sequence[Row], key: str) -> str | None:
     return None if low is None else f"{low[key]:.2f}x {low['category']}"
 
 
+VECTORS = {"amx_tile": "AMX", "avx512_vnni": "AVX-512", "avx2": "AVX2"}
+"""What a processor is best at, the best first: names alone do not tell."""
+
+
 def where(document: Document) -> str:
     """The machine, and what ran on it if the file says so."""
     environment = document["environment"]
     machine, runner = environment["machine"], environment.get("runner")
-    on = f"{machine['cpu']}, {machine['cores']} cores" if runner is None or runner["device"] == "cpu" else runner["device"]
+    wide = next((name for flag, name in VECTORS.items() if flag in machine.get("instruction_sets", ())), None)
+    cpu = machine["cpu"] if wide is None else f"{machine['cpu']} ({wide})"
+    on = f"{cpu}, {machine['cores']} cores" if runner is None or runner["device"] == "cpu" else runner["device"]
     return on if runner is None else f"{environment['model']}, {runner['precision']} {runner['backend']}, {on}"
 
 

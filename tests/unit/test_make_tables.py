@@ -12,7 +12,7 @@ import pytest
 
 from scripts import loaded_script
 
-MACHINE = {"machine": {"cpu": "A CPU", "cores": 2}}
+MACHINE = {"machine": {"cpu": "A CPU", "cores": 2, "instruction_sets": ["avx2", "avx512f", "avx512_vnni"]}}
 RUNNER = {"model": "default", "runner": {"precision": "int8", "backend": "native", "device": "cpu"}}
 
 
@@ -59,7 +59,7 @@ def test_readme_shows_headlines_over_all_prompts_only(script: ModuleType) -> Non
     text = script.headlines({"headline-cpu": bench(), "other": bench()})
     assert text.count("| `auto` | 120.0 | 1.50x | 1.50x chat | 61% | 1.50 | 4/4 |") == 1
     assert "by category" not in text
-    assert "**headline-cpu**: default, int8 native, A CPU, 2 cores; greedy, at most 128 tokens, 4 prompts" in text
+    assert "**headline-cpu**: default, int8 native, A CPU (AVX-512), 2 cores; greedy, at most 128 tokens, 4 prompts" in text
 
 
 def test_benchmark_page_shows_every_result_with_its_command(script: ModuleType) -> None:
