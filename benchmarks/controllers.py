@@ -13,13 +13,16 @@ under the default rule for drawn drafts.
 Two clocks: the wall clock, and the accounted one (`study/accounting.py`), in which a round costs what such rounds cost over the
 whole run. `best_fixed` of a category is the fixed length with the most tokens a second there, by each clock. What is done is
 written every other minute and at the end, Ctrl-C included.
+
+`pacer:profile` is the pacer from its second start on (`remember = true`): it begins with the profile that it left after the
+24 prompts of the package, none of which is a prompt of a test set.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +45,10 @@ from paceline.study.report import Recording, check_writable, sample_row, speed_p
 FIXED_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 CLOCKS = {"wall": "tokens_per_second", "accounted": "accounted_tokens_per_second"}
 AGAINST = {"wall": "speed_vs_best_fixed", "accounted": "accounted_vs_best_fixed"}
+PROFILE = ":profile"
+"""Of a controller that begins with what it learnt before the contest."""
 Tell = Callable[[], None]
+Profiles = Mapping[str, dict[str, Any] | None]
 
 
 @dataclass(slots=True)
@@ -55,23 +61,37 @@ class Contest:
 
 def controller_names() -> tuple[str, ...]:
     """Plain decoding, the fixed lengths, and everything else that is registered."""
-    return (PLAIN, *(f"fixed_{k}" for k in FIXED_LENGTHS), *(name for name in registry.names() if name != "fixed"))
+    learning = [name for name in registry.names() if name != "fixed"]
+    return (PLAIN, *(f"fixed_{k}" for k in FIXED_LENGTHS), *learning, f"pacer{PROFILE}")
 
 
-def make_controller(name: str, costs: CostTable) -> Controller:
-    """A fresh controller with cost figures of its own, as measured before the run."""
+def make_controller(name: str, costs: CostTable, profiles: Profiles) -> Controller:
+    """A fresh controller with cost figures of its own, as measured before the run, and with its profile if it has one."""
     costs = CostTable.from_json(costs.to_json())
     kind, _, length = name.rpartition("_")
     if name == PLAIN:
         return registry.create("fixed", costs, {"num_draft": 0})
-    return registry.create("fixed", costs, {"num_draft": int(length)}) if kind == "fixed" else registry.create(name, costs)
+    if kind == "fixed":
+        return registry.create("fixed", costs, {"num_draft": int(length)})
+    controller = registry.create(name.removesuffix(PROFILE), costs)
+    if (profile := profiles.get(name)) is not None:
+        controller.restore(profile)
+    return controller
 
 
-def make_contestants(engines: Sequence[Engine], names: Sequence[str], shared: ReadOnce) -> list[Contestant]:
+def learn(name: str, engine: Engine, params: SamplingParams) -> dict[str, Any] | None:
+    """The profile that a controller leaves after the prompts of the package."""
+    engine.controller = make_controller(name, engine.costs, {})
+    for prompt, ids in encode_prompts(engine.tokenizer, load_prompts("builtin")):
+        engine.generate(list(ids), params, task=prompt.category)
+    return engine.controller.snapshot()
+
+
+def make_contestants(engines: Sequence[Engine], names: Sequence[str], profiles: Profiles, shared: ReadOnce) -> list[Contestant]:
     """A contestant for each name, on the engine of the same place or all on the only one."""
     engines = engines if len(engines) > 1 else [*engines] * len(names)
     return [
-        Contestant(name, engine, make_controller(name, engine.costs), shared, plain=name == PLAIN)
+        Contestant(name, engine, make_controller(name, engine.costs, profiles), shared, plain=name == PLAIN)
         for name, engine in zip(names, engines, strict=True)
     ]
 
@@ -126,11 +146,12 @@ def report(run: dict[str, Any]) -> None:
             f"{row['method']:>16} wall {row['tokens_per_second']:6.1f} tok/s {row['speedup_vs_plain']:.3f}x plain, accounted "
             f"{row['accounted_tokens_per_second']:6.1f} {row['accounted_vs_plain']:.3f}x, own time {own:.2%}"
         )
-    pacer = [row for row in rows if row["method"] == "pacer"]
-    for column in ("speedup_vs_plain", "accounted_vs_plain", *AGAINST.values()):
-        worst = min(pacer, key=lambda row: row[column], default=None)
-        if worst is not None:
-            print(f"pacer, worst {column}: {worst[column]:.3f} in {worst['category']}")
+    for name in ("pacer", f"pacer{PROFILE}"):
+        pacer = [row for row in rows if row["method"] == name]
+        for column in ("speedup_vs_plain", "accounted_vs_plain", *AGAINST.values()):
+            worst = min(pacer, key=lambda row: row[column], default=None)
+            if worst is not None:
+                print(f"{name}, worst {column}: {worst[column]:.3f} in {worst['category']}")
 
 
 def document(contests: Sequence[Contest]) -> dict[str, Any]:
@@ -182,10 +203,12 @@ def measure(options: argparse.Namespace, target: Target, engines: Sequence[Engin
         seed = None if options.unseeded else 0
         contest = Contest(SamplingParams(max_tokens=options.max_tokens, temperature=temperature, seed=seed, ignore_eos=True))
         contests.append(contest)
+        learner = engines[0] if len(engines) == 1 else make_engines(target, options.draft, 1)[0]  # its drafters keep what it wrote
+        profiles = {name: learn(name, learner, contest.params) for name in names if name.endswith(PROFILE)}
 
-        def make() -> list[Contestant]:
+        def make(profiles: Profiles = profiles) -> list[Contestant]:
             own = engines if len(engines) == 1 else make_engines(target, options.draft, len(names))
-            return make_contestants(own, names, shared)
+            return make_contestants(own, names, profiles, shared)
 
         def keep(sample: Sample, contest: Contest = contest) -> None:
             contest.samples.append(sample)

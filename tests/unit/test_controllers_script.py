@@ -40,9 +40,22 @@ def test_every_registered_controller_and_the_references_take_part(script: Module
     names = script.controller_names()
     assert {PLAIN, "fixed_1", "fixed_16"} | set(registry.names()) - {"fixed"} <= set(names)
     costs = toy_engine().costs
-    assert script.make_controller("fixed_6", costs).options.num_draft == 6
+    assert script.make_controller("fixed_6", costs, {}).options.num_draft == 6
     for name in names:
-        assert script.make_controller(name, costs).name in (name, "fixed")
+        assert script.make_controller(name, costs, {}).name in (name.removesuffix(script.PROFILE), "fixed")
+
+
+def test_a_controller_with_a_profile_begins_with_what_it_left(script: ModuleType) -> None:
+    engine = toy_engine()
+    pacer = script.make_controller("pacer", engine.costs, {})
+    engine.controller = pacer
+    engine.generate([1, 2, 3], SamplingParams(max_tokens=40, ignore_eos=True))
+    profile = pacer.snapshot()
+    assert profile["acceptance"]
+    again = script.make_controller("pacer:profile", engine.costs, {"pacer:profile": profile})
+    fresh = script.make_controller("pacer", engine.costs, {"pacer:profile": profile})
+    assert [pool["seen"] for pool in again.snapshot()["acceptance"]] == [pool["seen"] for pool in profile["acceptance"]]
+    assert fresh.snapshot()["acceptance"] == []
 
 
 def hold_contest(
@@ -54,7 +67,7 @@ def hold_contest(
     shared = ReadOnce(engine.runner)
 
     def make() -> list[Contestant]:
-        made: list[Contestant] = script.make_contestants([engine], names, shared)
+        made: list[Contestant] = script.make_contestants([engine], names, {}, shared)
         controllers.extend(contestant.controller for contestant in made)
         return made
 
@@ -94,7 +107,7 @@ def test_every_repeat_begins_anew(script: ModuleType) -> None:
 
 def test_each_contestant_keeps_its_own_controller_and_costs(script: ModuleType) -> None:
     engine = toy_engine()
-    first, second = script.make_contestants([engine], ["goodput", "goodput"], ReadOnce(engine.runner))
+    first, second = script.make_contestants([engine], ["goodput", "goodput"], {}, ReadOnce(engine.runner))
     first.generate([1, 2], SamplingParams(max_tokens=30), "toy")
     assert first.controller.alpha != second.controller.alpha
 
