@@ -10,7 +10,7 @@ from paceline.control.acceptance import signal_bucket
 from paceline.control.bank import TimeBank
 from paceline.control.base import RoundContext
 from paceline.control.followed import Line
-from paceline.control.joint import Allocation, JointDraft, JointRound, Share, allocate, weigh
+from paceline.control.joint import Allocation, JointDraft, JointRound, Share, allocate, best_round, weigh
 from paceline.control.offers import (
     CLEARLY_NOT,
     DOUBLE_PROOF,
@@ -74,14 +74,13 @@ class JointPlanner:
         if not shares:
             return [NOTHING] * len(contexts)
         weigh(shares)
-        found = self._allocate(shares)
-        count = found.best(batch)
+        found, count = best_round(shares, *self._prices(shares), batch=batch)
         merit = (batch + found.emitted[count]) * self._costs.change * plain / (batch * found.seconds[count])
         probe = merit <= 1.0 + self._margin + (DOUBLE_PROOF if lane.purse.slack <= 0.0 else 0.0)
         if probe:
             for share in shares:
                 del share.rates[_PROBED:]
-            found = self._allocate(shares)
+            found = allocate(shares, *self._prices(shares))
             count = len(found.order)
             if not self._may_probe(found, plain, lane, now):
                 if merit < CLEARLY_NOT:
@@ -178,14 +177,15 @@ class JointPlanner:
         """Seconds that its draft must read beyond what its round is charged with."""
         return max(0.0, self._costs.catch_up(share.outlook.drafter, share.outlook.catch_up) - share.once)
 
-    def _allocate(self, shares: Sequence[Share]) -> Allocation:
+    def _prices(self, shares: Sequence[Share]) -> tuple[Sequence[float], float, float, float, int]:
+        """What `allocate` is told of times and of the most tokens."""
         costs, rows = self._costs, shares[0].context.batch_size
         length = max(share.context.context_length for share in shares)
         forwards = costs.learnt(rows, min(sum(len(share.rates) for share in shares), _MOST), length)
         most = max(bisect_right(forwards, _DEAREST * forwards[0]) - 1, _PROBED * len(shares))
         outside = self._outside.get(batch_bucket(rows))
         each, once = (outside.per_token, outside.fixed) if outside is not None else (costs.rest.per_token, 0.0)
-        return allocate(shares, forwards, costs.overlap.serial, each, once, most)
+        return forwards, costs.overlap.serial, each, once, most
 
     def _may_probe(self, found: Allocation, plain: float, lane: Lane, now: int) -> bool:
         share, batch = found.shares[0], found.shares[0].context.batch_size

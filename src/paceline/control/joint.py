@@ -3,15 +3,18 @@
 DSpark's ranking (arXiv 2607.05147; 7.6 of the control notes), but before anything is drafted, so that it decides on drafting, too:
 a drafted token is kept with the product of its path's rates, so chances only fall along a draft, and taking tokens in the order of
 their chances takes beginnings of drafts. One scan in that order finds the round with the most tokens a second; its start is plain
-decoding. Ours: the price of drafts whose steps are shared, and the stop rule.
+decoding. Ours: the price of drafts whose steps are shared, and the stop rule. A shared step is dear and a row is cheap, so likely
+tokens far down one draft may be worth less than unlikelier ones of all drafts: there is a scan for each depth that drafts may have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heapreplace
+from heapq import heapify, heappop, heapreplace, nlargest
 from math import prod
+
+import numpy as np
 
 from paceline.control.base import RoundContext
 from paceline.records import Outlook
@@ -101,25 +104,26 @@ def allocate(
     each: float,
     once: float = 0.0,
     most: int | None = None,
+    deepest: int | None = None,
 ) -> Allocation:
     """Price all rounds that take the likeliest tokens. Weights decide who gets a place, and never make a gain larger.
 
     forwards: seconds of a forward with 0, 1, 2, ... drafted rows, at least one for each rate and one more; serial: 1 where drafts
     of a batch are made one after another, 0 where they share their steps; each, once: seconds of a drafted token, and of a round
-    with any, outside forward and draft; most: drafted tokens in all.
+    with any, outside forward and draft; most: drafted tokens in all; deepest: and of a sequence.
     """
     if most is None:
         most = sum(len(share.rates) for share in shares)
     # Of each share the next token alone is in the heap: few of all tokens are ever looked at.
     heap = [(-share.weight * share.rates[0], i, 1, share.rates[0]) for i, share in enumerate(shares)]
     heapify(heap)
-    deepest: dict[str, int] = {}
+    depth_of: dict[str, int] = {}
     found = Allocation(shares, forwards, [], [forwards[0]], [0.0])
     host, emitted = once, 0.0
     while heap and len(found.order) < most:
         _, i, depth, chance = heap[0]
         share = shares[i]
-        following = chance * share.rates[depth] if depth < len(share.rates) else 0.0
+        following = chance * share.rates[depth] if depth < min(len(share.rates), deepest or depth + 1) else 0.0
         if following >= _LEAST_CHANCE:
             heapreplace(heap, (-share.weight * following, i, depth + 1, following))
         else:
@@ -128,15 +132,65 @@ def allocate(
         host += each + serial * share.per_token
         if depth == 1:
             host += share.once + serial * share.fixed
-        if depth > (deep := deepest.get(drafter, 0)):
+        if depth > (deep := depth_of.get(drafter, 0)):
             host += (1.0 - serial) * (share.per_token * (depth - deep) + (share.fixed if deep == 0 else 0.0))
-            deepest[drafter] = depth
+            depth_of[drafter] = depth
         emitted += chance * min(share.weight, 1.0)
         found.order.append(i)
         # Near equals are noisy: a row is never a gain of time.
         found.seconds.append(max(forwards[len(found.order)], forwards[0]) + host)
         found.emitted.append(emitted)
     return found
+
+
+def best_round(
+    shares: Sequence[Share],
+    forwards: Sequence[float],
+    serial: float,
+    each: float,
+    once: float = 0.0,
+    most: int | None = None,
+    *,
+    batch: int,
+) -> tuple[Allocation, int]:
+    """The round with the most tokens a second, whatever depth its drafts have: the scan that found it, and its drafted tokens.
+
+    As `allocate` with every `deepest` in turn and `Allocation.best` of each, which is the readable form; here over arrays, one row
+    for each depth, for it runs in every round. Arguments as there; batch: sequences, also those without a draft.
+    """
+    width = max(len(share.rates) for share in shares)
+    chances = np.array([share.rates + [0.0] * (width - len(share.rates)) for share in shares]).cumprod(1)
+    weights = np.array([share.weight for share in shares])
+    likely = chances >= _LEAST_CHANCE
+    likely[:, 0] = True
+    (places,) = likely.ravel().nonzero()
+    places = places[np.argsort(-(weights[:, None] * chances).ravel()[places], kind="stable")]
+    owners, depths = np.divmod(places, width)
+    depths += 1
+    taken = depths <= np.arange(1, depths.max() + 1)[:, None]
+    counts = taken.cumsum(1)
+    emitted = (taken * (chances.ravel()[places] * np.minimum(weights, 1.0)[owners])).cumsum(1)
+    own = np.array([(each + serial * s.per_token, s.once + serial * s.fixed) for s in shares])[owners]
+    host = (taken * (own[:, 0] + (depths == 1) * own[:, 1])).cumsum(1)
+    reached = taken * depths
+    for drafter, share in {share.outlook.drafter: share for share in shares}.items():
+        mine = np.array([one.outlook.drafter == drafter for one in shares])[owners]
+        deep = np.maximum.accumulate(reached * mine, 1)
+        host += (1.0 - serial) * (share.per_token * deep + share.fixed * (deep > 0))
+    last = min(len(forwards) - 1, most if most is not None else len(places))
+    rows = np.maximum(np.asarray(forwards), forwards[0])[np.minimum(counts, last)]  # near equals are noisy
+    seconds = rows + once + host
+    speeds = np.where(taken & (counts <= last), (batch + emitted) / seconds, 0.0)
+    depth, place = divmod(int(speeds.argmax()), len(places))
+    kept = taken[depth] & (counts[depth] <= last)
+    found = Allocation(
+        shares,
+        forwards,
+        owners[kept].tolist(),
+        [forwards[0], *seconds[depth, kept].tolist()],
+        [0.0, *emitted[depth, kept].tolist()],
+    )
+    return found, int(counts[depth, place])
 
 
 @dataclass(slots=True)
@@ -154,12 +208,15 @@ class JointRound:
     serial: float
     """As in `allocate`."""
     free_rows: int = 0
+    depth: int = 0
+    """Of the longest draft that was planned. A step beyond must pay for itself with rows that were left."""
     hopes: dict[str, dict[int, float]] = field(default_factory=dict)
     """Of those that still draft, by drafter and request: weighted chance of the next token beyond what its own time is worth."""
 
     def join(self, share: Share, *, stops: bool) -> JointDraft:
         """A draft of this round."""
         draft = JointDraft(self, share, stops)
+        self.depth = max(self.depth, share.num_draft)
         self._hope(draft, share.rates[0])
         return draft
 
@@ -170,7 +227,10 @@ class JointRound:
         chance = draft.survival * prod(rates[position : due + 1]) if due < len(rates) else 0.0
         hopes, own = self._hope(draft, chance)
         step = (1.0 - self.serial) * share.per_token
-        pays = own > 0.0 and sum(hope for hope in hopes.values() if hope > 0.0) > self.price * step
+        worth = [hope for hope in hopes.values() if hope > 0.0]
+        if due >= self.depth:
+            worth = nlargest(self.free_rows, worth)
+        pays = own > 0.0 and sum(worth) > self.price * step
         if pays and (due < share.num_draft or self.free_rows > 0):
             if due >= share.num_draft:
                 share.num_draft += 1
@@ -182,7 +242,7 @@ class JointRound:
 
     def _hope(self, draft: JointDraft, chance: float) -> tuple[dict[int, float], float]:
         share = draft.share
-        own = share.weight * chance - self.price * (self.row + self.serial * share.per_token)
+        own = min(share.weight, 1.0) * chance - self.price * (self.row + self.serial * share.per_token)
         hopes = self.hopes.setdefault(share.outlook.drafter, {})
         hopes[share.context.request_id] = own
         return hopes, own

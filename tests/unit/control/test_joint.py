@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.control.base import RoundContext
-from paceline.control.joint import JointDraft, JointRound, Share, allocate, weigh
+from paceline.control.joint import JointDraft, JointRound, Share, allocate, best_round, weigh
 from paceline.records import Outlook
 
 RATES = st.lists(st.floats(0.05, 1.0), min_size=1, max_size=3)
@@ -118,6 +118,45 @@ def test_places_go_to_those_that_would_end_last() -> None:
     assert found.emitted[-1] == pytest.approx(shares[0].weight * 0.9 * 1.7 + 0.5 * 1.5)  # a weight is no gain
 
 
+@given(
+    drafts=st.lists(st.tuples(RATES, st.sampled_from(["draft", "other"]), st.floats(0.5, 2.0)), min_size=1, max_size=5),
+    steps=st.lists(st.floats(0.0, 0.5), min_size=15, max_size=15),
+    serial=st.sampled_from([0.0, 0.5, 1.0]),
+    most=st.one_of(st.none(), st.integers(1, 15)),
+)
+@settings(max_examples=100)
+def test_all_depths_at_once_are_the_best_scan_of_every_depth(
+    drafts: list[tuple[list[float], str, float]], steps: list[float], serial: float, most: int | None
+) -> None:
+    forwards = [10.0]
+    for step in steps:
+        forwards.append(forwards[-1] + step)
+    lines = {"draft": (0.3, 0.7), "other": (0.1, 0.2)}
+    shares = [share(rates, name, lines[name], 0.05 * i, i) for i, (rates, name, _) in enumerate(drafts)]
+    for one, (_, _, weight) in zip(shares, drafts, strict=True):
+        one.weight = weight
+    batch, prices = len(drafts) + 1, (forwards, serial, 0.01, 0.3, most)
+    scans = [allocate(shares, *prices, deepest) for deepest in range(1, 4)]
+    want = max((batch + scan.emitted[m]) / scan.seconds[m] for scan in scans for m in [scan.best(batch)])
+    found, count = best_round(shares, *prices, batch=batch)
+    assert (batch + found.emitted[count]) / found.seconds[count] == pytest.approx(want)
+    like = next(scan for scan in scans if scan.order == found.order)
+    assert found.seconds == pytest.approx(like.seconds)
+    assert found.emitted == pytest.approx(like.emitted)
+
+
+def test_a_step_that_all_would_pay_for_is_not_taken_for_a_likely_draft_alone() -> None:
+    """Sixteen sequences whose drafts are nearly always right: those with the larger weights once got five tokens, others one, for
+    the price of five steps instead of three."""
+    shares = [share([0.97] * 8, line=(0.2, 0.56), request=i) for i in range(16)]
+    for i, one in enumerate(shares):
+        one.weight = 1.2 if i % 2 else 0.8
+    forwards = [4.1 + 0.02 * rows for rows in range(129)]
+    found, count = best_round(shares, forwards, 0.0, 0.0, 0.8, 48, batch=16)
+    found.give(count)
+    assert [one.num_draft for one in shares] == [3] * 16
+
+
 def draft(common: JointRound, request: int, given: int, *, ahead: bool = False) -> JointDraft:
     """One of six tokens at most; a step takes half a second."""
     one = share([0.9] * 6, line=(0.0, 0.5), request=request)
@@ -143,6 +182,23 @@ def test_who_drafts_by_itself_pays_for_its_own_steps_only() -> None:
     one.survival, other.survival = 0.7, 0.5
     assert common.goes_on(one, 1)  # 0.63 tokens for a row and a step of its own
     assert not common.goes_on(other, 1)  # 0.45
+
+
+def test_a_row_that_is_left_is_not_worth_a_step_that_nobody_else_takes() -> None:
+    common = JointRound(price=1.0, row=0.1, serial=0.0)
+    short, *others = [draft(common, i, 3) for i in range(4)]
+    short.survival = 0.0
+    assert not common.goes_on(short, 1)
+    assert common.free_rows == 2
+    for one in others:
+        one.survival = 0.45
+        assert common.goes_on(one, 1)
+    for one in others:  # all three may, who were given it: 0.18 tokens each beyond the row's worth, for half a second
+        one.survival = 0.31
+        assert common.goes_on(one, 2)
+    assert not common.goes_on(others[0], 3)  # two rows are left: 0.36
+    others[1].survival = others[2].survival = 0.9
+    assert common.goes_on(others[1], 3)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
