@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from paceline.execution.base import Decoding
+from paceline.errors import ResourceError
+from paceline.execution.base import Decoding, Segment
 from paceline.execution.cuda.attention import block_tokens
 from paceline.execution.cuda.capture import (
     GENERAL_ROWS,
@@ -30,7 +31,8 @@ from paceline.execution.cuda.capture import (
 )
 from paceline.execution.cuda.decoder import Decoder
 from paceline.execution.cuda.drawing import Drawer
-from paceline.execution.cuda.fused import BestToken
+from paceline.execution.cuda.following import Fed, Following, Verification, fits, matched
+from paceline.execution.cuda.fused import BestToken, accept
 from paceline.execution.cuda.linears import MAX_ROWS
 from paceline.execution.cuda.paging import PagedCache, PagedSequence
 from paceline.execution.cuda.stepping import Steps
@@ -51,6 +53,11 @@ class Forwards:
         self._drawer = Drawer(MAX_ROWS, self._vocab, device, self._best.picks[1])
         self._steps = Steps(layout, self._vocab)
         self.graphs = Graphs()
+        self.following: Following | None = None
+        """The last forward, where it was begun behind a verification."""
+        self.followed = 0
+        """Drafts whose first forward that was."""
+        self._told = torch.zeros(MAX_ROWS, 2, dtype=torch.int32, pin_memory=True)
 
     def capture_usual(self) -> None:
         """Capture what one sequence needs at usual lengths and what serves any batch there, so that no round waits for it."""
@@ -58,14 +65,61 @@ class Forwards:
         for shape in usual + [general(replace(usual[0], rows=rows), self._long_block()) for rows in GENERAL_ROWS]:
             self._prepare(shape)
         self._prepare_steps(usual[0], drawn=False)
+        self._layout.clear()
+        accept(self._layout.tokens, self._layout.late, self._best.tokens, self._layout, self._told, 1, self._vocab)  # compiles it
 
-    def run(self, batch: Sequence[Rows]) -> None:
-        """A forward, which fills the decoder's logits; rows lie one after another."""
+    def run(
+        self,
+        batch: Sequence[Rows],
+        *,
+        longest: int = 0,
+        sources: Sequence[int] = (),
+        between: Callable[[], None] | None = None,
+    ) -> None:
+        """A forward, which fills the decoder's logits; rows lie one after another.
+
+        longest: positions that it must serve at least; sources: as in `Layout.fill`; between: called when the inputs are sent,
+        before they are read.
+        """
+        self.following = None
         counts = [len(rows.tokens) for rows in batch]
-        shape = self.graphs.choose(self._shape(batch), counts, self._long_block())
+        shape = self.graphs.choose(self._shape(batch, longest), counts, self._long_block())
         self._prepare(shape)
-        self._layout.fill(batch, shape)
+        self._layout.fill(batch, shape, sources)
+        if between is not None:
+            between()
         self.graphs.again(shape)
+
+    def verification(self, segments: Sequence[Segment]) -> Verification:
+        """What was run last, over these segments."""
+        best, drawn = self._best.picks
+        chosen = drawn if any(segment.draws is not None for segment in segments) else best
+        return Verification(segments, self._layout.tokens, self._layout.late, chosen)
+
+    def follow(self, fed: Sequence[Fed], target: Verification) -> None:
+        """Begin the forward of the next draft behind a verification of the last one, fed by what the device accepts. Does nothing
+        where drafts are not told apart, memory is short, or the target is its own draft, whose results are still to be read."""
+        places = matched(fed, target.segments)
+        if places is None or not fits(fed) or target.tokens is self._layout.tokens:
+            return
+        try:
+            for draft, (_, count) in zip(fed, places, strict=True):
+                self._cache.stage(draft.sequence, max(1, draft.start + count + 1 - draft.sequence.committed))
+        except ResourceError:
+            return
+        there: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+        def between() -> None:
+            accept(target.tokens, target.late, target.chosen, self._layout, self._told, len(fed), self._vocab)
+            there.record()
+
+        self.run(
+            [Rows(draft.sequence.slot, draft.start, (0, 0), None) for draft in fed],
+            longest=max(draft.start + count + 1 for draft, (_, count) in zip(fed, places, strict=True)),
+            sources=[number for place in places for number in place],
+            between=between,
+        )
+        self.following = Following(fed, self._told[: len(fed)], there)
 
     def tokens(
         self, rows: int, laws: Sequence[DrawLaw | None], numbers: Sequence[int]
@@ -107,6 +161,7 @@ class Forwards:
         """
         steps, first, later = self._steps, list[Rows](), list[Rows]()
         steps.begin()
+        followed = self.following.rows(sequences, feeds) if self.following is not None else None
         sources: list[int] = []
         for sequence, feed in zip(sequences, feeds, strict=True):
             first.append(Rows(sequence.slot, sequence.committed, feed, None))
@@ -115,7 +170,11 @@ class Forwards:
         drawn = any(job.law is not None for job in jobs)
         shape = for_steps(self._shape(later, longest=max(rows.length for rows in later) + most))
         key = self._prepare_steps(shape, drawn)
-        self.run(first)
+        if followed is not None:
+            sources, self.following = followed, None
+            self.followed += 1
+        else:
+            self.run(first)
         # The device works from here on: what follows describes what is behind the first forward.
         steps.describe(jobs)
         steps.layout.fill(later, shape, sources)

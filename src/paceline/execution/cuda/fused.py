@@ -149,6 +149,50 @@ def _advance(
     tl.store(line, (at + 1) % RING)
 
 
+@triton.jit
+def _accept(
+    tokens,  # of the target's rows; -1 - i: entry i of `late`
+    late,
+    chosen,  # the target's token at each row
+    places,  # [sequences, 2] int32: first row of each sequence, and its rows
+    fed,  # out [sequences, 2] int32: tokens
+    lengths,  # in and out [sequences, 2] int32: slot of the first row's token; then that of the first of the two that are fed
+    told,  # out [sequences, 2] int32 of the host
+    vocab,
+    ROWS: tl.constexpr,
+):
+    sequence, row = tl.program_id(0), tl.arange(0, ROWS)
+    first, count = tl.load(places + 2 * sequence), tl.load(places + 2 * sequence + 1)
+    drafted = row < count - 1
+    token = tl.load(tokens + first + 1 + row, mask=drafted, other=0)
+    token = tl.load(late + (-1 - token), mask=drafted & (token < 0), other=token)
+    same = drafted & (token == tl.load(chosen + first + row, mask=drafted, other=-1))
+    end = tl.min(tl.where(same, ROWS, row), 0)
+    last = tl.load(tokens + first + end)
+    last = tl.load(late + (-1 - last), mask=last < 0, other=last)
+    following = tl.minimum(tl.maximum(tl.load(chosen + first + end), 0), vocab - 1)
+    length = tl.load(lengths + 2 * sequence) + end
+    tl.store(fed + 2 * sequence, last)
+    tl.store(fed + 2 * sequence + 1, following)
+    tl.store(lengths + 2 * sequence, length)
+    tl.store(lengths + 2 * sequence + 1, length)
+    tl.store(told + 2 * sequence, end)
+    tl.store(told + 2 * sequence + 1, following)
+
+
+def accept(
+    tokens: torch.Tensor, late: torch.Tensor, chosen: torch.Tensor, layout: Any, told: torch.Tensor, sequences: int, vocab: int
+) -> None:
+    """Put the last accepted token of each sequence and the one that follows it in place, two rows a sequence.
+
+    tokens, late, chosen: as in `following.Verification`. layout: the tensors of `capture.Layout` of the draft's forward, described
+    as if nothing was accepted; its sources are first row and rows of each sequence. told: [>= sequences, 2] int32 of the host.
+    The readable form is `following.accepted`.
+    """
+    outputs = (layout.tokens, layout.lengths, told)
+    _accept[(sequences,)](tokens, late, chosen, layout.sources, *outputs, vocab, ROWS=layout.tokens.shape[0], num_warps=2)
+
+
 def embed(embedding: torch.Tensor, layout: Any, x: torch.Tensor, squares: torch.Tensor, rows: int, scale: float) -> None:
     """Rows of x from `layout.tokens`, with partial sums of squares; fills `layout`'s positions, slots and tails.
 

@@ -134,13 +134,16 @@ class PagedCache:
         sequence.committed, sequence.staged = length, 0
 
     def truncate(self, sequence: PagedSequence, length: int) -> None:
-        """Forget committed tokens from `length` on; pages behind it are given back."""
+        """Forget committed tokens from `length` on; pages behind it are given back, but for one of its own that the next two
+        tokens need: they may be there already (`following`)."""
         self.check(sequence)
         if not 0 <= length <= sequence.committed:
             raise OptionError(f"length = {length}: must be in 0 .. {sequence.committed}")
         self._move()
         sequence.committed, sequence.staged = length, 0
-        keep = -(-length // PAGE)
+        keep, last = -(-length // PAGE), (length + 1) // PAGE
+        if keep <= last < len(sequence.pages) and self._users[sequence.pages[last]] == 1:
+            keep = last + 1
         self._give_back(sequence.pages[keep:])
         del sequence.pages[keep:]
 

@@ -56,6 +56,8 @@ class Passes:
         """
         passes = self._shared_out(segments)
         parts = [self._begin(part, want_hidden, keep=len(passes) > 1) for part in passes]
+        if line is not None and line.follow is not None and len(parts) == 1 and self._forwards is not None:
+            line.follow(self._forwards.verification(segments))
         logits, states = parts[0].logits, parts[0].hidden
         if len(parts) > 1:
             logits = torch.cat([part.logits for part in parts])

@@ -13,6 +13,7 @@ from paceline.execution.base import Decoded, Decoding, ForwardOutput, Runner, Ru
 from paceline.execution.cuda.capture import Layout, check, grid_chunks
 from paceline.execution.cuda.decoder import Decoder, misfit
 from paceline.execution.cuda.driver import missing_reason
+from paceline.execution.cuda.following import Fed, Verification
 from paceline.execution.cuda.linears import MAX_ROWS, Tuning
 from paceline.execution.cuda.memory import GIB, Budget, make_room, plan, register, unregister
 from paceline.execution.cuda.packing import FORMATS
@@ -37,6 +38,8 @@ class CudaRunner(Runner):
 
     decodes_ahead = draws_rows = logits_are_far = takes_late = works_apart = True
     rows_at_once = MAX_ROWS
+    follows = True
+    """Whether a draft's next forward begins behind the verification of the last one, before the host knows what was accepted."""
 
     @staticmethod
     def unsupported_reason(source: ModelSource, precision: str) -> str | None:
@@ -114,6 +117,11 @@ class CudaRunner(Runner):
     @property
     def warmup_seconds(self) -> float:
         return self._forwards.graphs.seconds if self._forwards is not None else 0.0
+
+    @property
+    def followed(self) -> int:
+        """Drafts so far whose first forward began before the host knew what to feed."""
+        return self._forwards.followed if self._forwards is not None else 0
 
     @property
     def captures(self) -> int:
@@ -201,7 +209,27 @@ class CudaRunner(Runner):
         decoded = decode(jobs, most, stepping)
         for sequence, end, found in zip(own, ends, decoded, strict=True):
             self._cache.keep(sequence, end + max(0, len(found.tokens) - (found.late is None)))
+        self._offer_to_follow(own, ends, feeds, decoded)
         return decoded
+
+    def _offer_to_follow(
+        self, own: Sequence[PagedSequence], ends: Sequence[int], feeds: Sequence[Sequence[int]], decoded: Sequence[Decoded]
+    ) -> None:
+        """Let whoever takes the late tokens of drafts begin the forward that comes after their verification."""
+        line = next((found.late.line for found in decoded if isinstance(found.late, InLine)), None)
+        forwards = self._forwards
+        if line is None or forwards is None or not self.follows:
+            return
+        fed = [
+            Fed(sequence, end - 1, (feed[-1], *(token.token for token in found.tokens)))
+            for sequence, end, feed, found in zip(own, ends, feeds, decoded, strict=True)
+        ]
+
+        def follow(verification: Verification) -> None:
+            if not self.is_offloaded:
+                forwards.follow(fed, verification)
+
+        line.follow = follow
 
     def _begin_steps(
         self,
@@ -238,6 +266,7 @@ class CudaRunner(Runner):
             if self._forwards is not None:
                 torch.cuda.synchronize()  # a step may be under way
                 self._forwards.graphs.forget()
+                self._forwards.following = None
             self._decoder.move(torch.device("cpu"))
             self.is_offloaded = True
             if self._captures:

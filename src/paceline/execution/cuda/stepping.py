@@ -25,6 +25,7 @@ from paceline.records import DecodedToken, LateToken
 
 if TYPE_CHECKING:
     from paceline.execution.cuda.drawing import Drawer
+    from paceline.execution.cuda.following import Verification
 
 RING = 256
 """Lines that the device writes round and round; far more than steps under way."""
@@ -50,6 +51,8 @@ class Line:
         self._read, self.inputs = read, inputs
         self._tokens: list[DecodedToken] | None = None
         self.waited = 0.0
+        self.follow: Callable[[Verification], None] | None = None
+        """Begins the next draft's first forward behind a verification of this one."""
 
     @property
     def is_known(self) -> bool:
