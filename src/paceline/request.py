@@ -13,7 +13,7 @@ from paceline.control.base import Controller, RoundContext
 from paceline.drafting.base import Drafter, DraftJob, DraftSession, SequenceView
 from paceline.errors import PromptError
 from paceline.execution.base import ForwardOutput, Runner, RunnerInfo, Segment, SequenceHandle
-from paceline.execution.draws import DrawLaw, Draws
+from paceline.execution.draws import AHEAD, DrawLaw, Draws
 from paceline.models.base import Tokenizer
 from paceline.output import OutputAssembler
 from paceline.records import PLAIN, Draft, DraftFeatures, GenerationResult, Round, StepRecord, TokenLogprob, Verdict
@@ -85,6 +85,8 @@ class Request:
         self._rule = rule
         self._vocab_size = tokenizer.vocab_size if tokenizer is not None else None
         self._random = CounterRandom(seed)
+        self._numbers: list[int] = []
+        """Of the target's draws at the positions behind the prompt."""
         self._max_context = max_context
         self._cold_rounds = cold_rounds
         max_new = min(params.max_tokens, max_context - self.num_prompt)
@@ -171,12 +173,21 @@ class Request:
 
     def _draws(self, draft: Draft) -> Draws:
         """A draw from each row, with the number of the row's own position."""
+        rows = len(draft) + 1
+        bits = self._bits(rows + AHEAD)
+        if draft.parents is None:
+            return Draws(self._law, bits[:rows], bits[rows:])
         depths = [0]
-        for parent in range(-1, len(draft) - 1) if draft.parents is None else draft.parents:
+        for parent in draft.parents:
             depths.append(depths[parent + 1] + 1)
-        first = len(self.tokens)
-        bits = [self._random.bits(first + depth, Purpose.TARGET) for depth in range(max(depths) + 1)]
         return Draws(self._law, [bits[depth] for depth in depths])
+
+    def _bits(self, count: int) -> list[int]:
+        """Random numbers of the coming positions, each of which is computed once."""
+        first = self.num_generated
+        while len(self._numbers) < first + count:
+            self._numbers.append(self._random.bits(self.num_prompt + len(self._numbers), Purpose.TARGET))
+        return self._numbers[first : first + count]
 
     # ---------- verify and commit ----------
 

@@ -19,6 +19,8 @@ import torch
 UNIT = 40
 """Weights are multiples of 2^-UNIT of the largest one."""
 NUMBER_BITS = 53
+AHEAD = 3
+"""Positions behind those of a segment whose numbers come along, for a draft that begins behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class Draws:
     law: DrawLaw
     numbers: Sequence[int]
     """For each row of the segment a whole number n in [0, 2^53); u = n / 2^53."""
+    ahead: Sequence[int] = ()
+    """Of a chain: those of the AHEAD positions behind its last row's."""
 
 
 def row_weights(logits: torch.Tensor, law: DrawLaw) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from paceline.execution.cuda.driver import Kernel
-from paceline.execution.draws import NUMBER_BITS, DrawLaw
+from paceline.execution.draws import AHEAD, NUMBER_BITS, DrawLaw
 
 LAW = np.dtype([("temperature", "<f4"), ("min_p", "<f4"), ("top_p", "<f8"), ("top_k", "<i4"), ("vocab", "<i4"), ("number", "<u8")])
 """`Law` of draw.cu."""
@@ -44,7 +44,9 @@ class Drawer:
         """Probability of each drawn token under its law; -1 of one that was not drawn but is the most probable one."""
         self._laws = torch.zeros(rows * LAW.itemsize, dtype=torch.uint8, device=device)
         self._scratch = torch.empty(rows, vocab, dtype=torch.int32, device=device)
-        self._numbers = torch.zeros(lines, rows, dtype=torch.int64, device=device)
+        self.numbers = torch.zeros(lines, rows, dtype=torch.int64, device=device)
+        """Those that were sent ahead, shifted to the top of their 64 bits."""
+        self._ahead = torch.zeros(rows, rows + AHEAD, dtype=torch.int64, device=device)
         self._sent = torch.zeros(lines, rows, dtype=torch.int64, pin_memory=True)
 
     def describe(self, laws: Sequence[DrawLaw | None], numbers: Sequence[int] = ()) -> None:
@@ -69,7 +71,17 @@ class Drawer:
         table[(line + np.arange(count)) % lines, : len(numbers)] = ahead
         for start, end in ((line, min(line + count, lines)), (0, line + count - lines)):
             if start < end:
-                self._numbers[start:end].copy_(self._sent[start:end], non_blocking=True)
+                self.numbers[start:end].copy_(self._sent[start:end], non_blocking=True)
+
+    def beside(self, numbers: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Numbers as `self.numbers` holds them, [>= rows, width] int64 on the device, for whoever copies some of them there."""
+        staged = torch.zeros(self._ahead.shape, dtype=torch.int64, pin_memory=True)  # its own: earlier ones may be on their way
+        table = staged.numpy()
+        for row, ahead in enumerate(numbers):
+            if ahead:
+                table[row, : len(ahead)] = np.array(ahead, dtype=np.uint64) << np.uint64(_SHIFT)
+        self._ahead.copy_(staged, non_blocking=True)
+        return self._ahead
 
     def launch(
         self,
@@ -90,7 +102,7 @@ class Drawer:
             ctypes.c_longlong(logits.stride(0)),
             pointer(best.data_ptr()),
             pointer(self._laws.data_ptr()),
-            pointer(self._numbers.data_ptr() if line is not None else 0),
+            pointer(self.numbers.data_ptr() if line is not None else 0),
             pointer(line.data_ptr() if line is not None else 0),
             ctypes.c_int(self._rows),
             pointer(sources.data_ptr() if sources is not None else 0),

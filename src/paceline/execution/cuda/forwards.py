@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,15 +31,27 @@ from paceline.execution.cuda.capture import (
 )
 from paceline.execution.cuda.decoder import Decoder
 from paceline.execution.cuda.drawing import Drawer
-from paceline.execution.cuda.following import Fed, Following, Verification, fits, matched
-from paceline.execution.cuda.fused import BestToken, accept
+from paceline.execution.cuda.following import FED, Fed, Following, Verification, fits, matched, numbers_ahead
+from paceline.execution.cuda.fused import BestToken
 from paceline.execution.cuda.linears import MAX_ROWS
 from paceline.execution.cuda.paging import PagedCache, PagedSequence
 from paceline.execution.cuda.stepping import Steps
-from paceline.execution.draws import DrawLaw
+from paceline.execution.draws import AHEAD, DrawLaw
 
 _USUAL_ROWS = 20
 """Rows of one sequence for which graphs are captured at the start, beside those for any batch; others are when needed often."""
+
+
+class Begun(NamedTuple):
+    """Steps of which the first ones were issued."""
+
+    issue: Callable[[], None]
+    """Begins another one."""
+    steps: Steps
+    """Where their tokens are read."""
+    rows: Sequence[int]
+    """Each job's row in them."""
+    issued: int
 
 
 class Forwards:
@@ -66,7 +78,7 @@ class Forwards:
             self._prepare(shape)
         self._prepare_steps(usual[0], drawn=False)
         self._layout.clear()
-        accept(self._layout.tokens, self._layout.late, self._best.tokens, self._layout, self._told, 1, self._vocab)  # compiles it
+        self._steps.accept(self.verification(()), self._layout, self._told, [[]], 0)  # compiles it
 
     def run(
         self,
@@ -97,29 +109,44 @@ class Forwards:
         return Verification(segments, self._layout.tokens, self._layout.late, chosen)
 
     def follow(self, fed: Sequence[Fed], target: Verification) -> None:
-        """Begin the forward of the next draft behind a verification of the last one, fed by what the device accepts. Does nothing
+        """Begin the steps of the next draft behind a verification of the last one, fed by what the device accepts. Does nothing
         where drafts are not told apart, memory is short, or the target is its own draft, whose results are still to be read."""
         places = matched(fed, target.segments)
         if places is None or not fits(fed) or target.tokens is self._layout.tokens:
             return
+        count = min(AHEAD, max(draft.steps for draft in fed))
+        ends = [draft.start + rows + count for draft, (_, rows) in zip(fed, places, strict=True)]
+        if any(draft.sequence.closed for draft in fed):
+            return
         try:
-            for draft, (_, count) in zip(fed, places, strict=True):
-                self._cache.stage(draft.sequence, max(1, draft.start + count + 1 - draft.sequence.committed))
+            for draft, end in zip(fed, ends, strict=True):
+                self._cache.stage(draft.sequence, max(1, end - draft.sequence.committed))
         except ResourceError:
             return
+        steps, numbers = self._steps, numbers_ahead(fed, target.segments)
+        later = [Rows(draft.sequence.slot, draft.start + FED, (0,), None) for draft in fed]
+        shape = self._step_shape(len(fed), max(ends))
+        drawn = any(draft.law is not None for draft in fed)
+        key = self._prepare_steps(shape, drawn)
         there: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-        def between() -> None:
-            accept(target.tokens, target.late, target.chosen, self._layout, self._told, len(fed), self._vocab)
+        def accept() -> None:
+            steps.begin_behind()
+            steps.layout.fill(later, shape, range(FED - 1, FED * len(fed), FED))
+            steps.accept(target, self._layout, self._told, numbers, count)
             there.record()
 
         self.run(
-            [Rows(draft.sequence.slot, draft.start, (0, 0), None) for draft in fed],
-            longest=max(draft.start + count + 1 for draft, (_, count) in zip(fed, places, strict=True)),
+            [Rows(draft.sequence.slot, draft.start, (0,) * FED, None) for draft in fed],
+            longest=max(ends),
             sources=[number for place in places for number in place],
-            between=between,
+            between=accept,
         )
-        self.following = Following(fed, self._told[: len(fed)], there)
+        steps.advance(self._decoder.logits, self._best, len(fed), drawn=drawn, first=True)
+        steps.issued(len(fed))
+        for _ in range(count - 1):
+            self._issue(key, len(fed))
+        self.following = Following(fed, count, numbers, self._told[: len(fed)], there)
 
     def tokens(
         self, rows: int, laws: Sequence[DrawLaw | None], numbers: Sequence[int]
@@ -154,42 +181,57 @@ class Forwards:
 
     def begin_steps(
         self, jobs: Sequence[Decoding], sequences: Sequence[PagedSequence], feeds: Sequence[Sequence[int]], most: int
-    ) -> tuple[Callable[[], None], Steps]:
-        """Issue the first of up to `most` steps; returns what issues another one, and where their tokens are read.
+    ) -> Begun:
+        """Issue the first of up to `most` steps, unless the device has begun with them by itself.
 
         Room for the tokens of all steps is staged.
         """
-        steps, first, later = self._steps, list[Rows](), list[Rows]()
-        steps.begin()
-        followed = self.following.rows(sequences, feeds) if self.following is not None else None
-        sources: list[int] = []
-        for sequence, feed in zip(sequences, feeds, strict=True):
-            first.append(Rows(sequence.slot, sequence.committed, feed, None))
-            later.append(Rows(sequence.slot, sequence.committed + len(feed), feed[:1], None))
-            sources.append((sources[-1] if sources else -1) + len(feed))
-        drawn = any(job.law is not None for job in jobs)
-        shape = for_steps(self._shape(later, longest=max(rows.length for rows in later) + most))
+        steps, drawn = self._steps, any(job.law is not None for job in jobs)
+        starts = [sequence.committed + len(feed) for sequence, feed in zip(sequences, feeds, strict=True)]
+        longest, following = max(starts) + most, self.following
+        rows = following.rows(jobs, sequences, feeds) if following is not None else None
+        if following is not None and rows is not None:
+            count = len(following.sequences)
+            key = self._prepare_steps(self._step_shape(count, longest), drawn)
+            if self.following is not None:  # else a capture has overwritten what it left
+                self._take(following, jobs, rows)
+                return Begun(partial(self._issue, key, count), steps, rows, following.steps)
+        shape = self._step_shape(len(jobs), longest)
         key = self._prepare_steps(shape, drawn)
-        if followed is not None:
-            sources, self.following = followed, None
-            self.followed += 1
-        else:
-            self.run(first)
+        steps.begin()
+        self.run([Rows(s.slot, s.committed, feed, None) for s, feed in zip(sequences, feeds, strict=True)])
         # The device works from here on: what follows describes what is behind the first forward.
         steps.describe(jobs)
-        steps.layout.fill(later, shape, sources)
+        later = [Rows(sequence.slot, start, (0,), None) for sequence, start in zip(sequences, starts, strict=True)]
+        steps.layout.fill(later, shape, [sum(map(len, feeds[: i + 1])) - 1 for i in range(len(feeds))])
         steps.advance(self._decoder.logits, self._best, len(jobs), drawn=drawn, first=True)
         steps.issued(len(jobs))
+        return Begun(partial(self._issue, key, len(jobs)), steps, list(range(len(jobs))), 1)
 
-        def issue() -> None:
-            self.graphs.again(key)
-            steps.issued(len(jobs))
+    def _take(self, following: Following, jobs: Sequence[Decoding], rows: Sequence[int]) -> None:
+        """Go on with steps that were begun behind a verification. Rows whose sequence drafts nothing now run along."""
+        self.following = None
+        self.followed += 1
+        numbers: list[Sequence[int]] = [()] * len(following.sequences)
+        for job, row in zip(jobs, rows, strict=True):
+            numbers[row] = job.numbers[following.steps :] if job.law is not None else ()
+        self._steps.send(numbers)
+        if len(rows) < len(following.sequences):
+            kept = set(rows)
+            self._steps.silence([s.slot if row in kept else -1 for row, s in enumerate(following.sequences)])
 
-        return issue, steps
+    def _issue(self, key: object, rows: int) -> None:
+        self.graphs.again(key)
+        self._steps.issued(rows)
+
+    def _step_shape(self, sequences: int, longest: int) -> Shape:
+        """The shape of steps over so many sequences at positions below `longest`."""
+        return for_steps(self._shape([Rows(0, 0, (0,), None)] * sequences, longest))
 
     def _prepare(self, shape: Shape) -> None:
         run = partial(self._decoder.kernels, self._layout, self._cache, shape, self._best)
-        self.graphs.prepare(shape, run, self._layout.clear)
+        if self.graphs.prepare(shape, run, self._layout.clear):
+            self.following = None
 
     def _prepare_steps(self, shape: Shape, drawn: bool) -> object:
         """Capture a forward whose tokens are the next one's input, unless that was done; returns its key."""
@@ -203,6 +245,7 @@ class Forwards:
             steps.make_drawer()  # no memory may be asked for during a capture
         if self.graphs.prepare(key, run, steps.layout.clear):
             steps.restart()
+            self.following = None
         return key
 
     def _shape(self, batch: Sequence[Rows], longest: int = 0) -> Shape:

@@ -157,9 +157,17 @@ def _accept(
     places,  # [sequences, 2] int32: first row of each sequence, and its rows
     fed,  # out [sequences, 2] int32: tokens
     lengths,  # in and out [sequences, 2] int32: slot of the first row's token; then that of the first of the two that are fed
+    later,  # out [sequences] int32: slot behind them
     told,  # out [sequences, 2] int32 of the host
+    ahead,  # [sequences, WIDTH] int64: numbers of the positions behind the first row's
+    line,  # [1] int32: of the next step
+    numbers,  # out [RING, ROWS] int64: of the steps
     vocab,
     ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RING: tl.constexpr,
+    STEPS: tl.constexpr,
+    DRAWN: tl.constexpr,
 ):
     sequence, row = tl.program_id(0), tl.arange(0, ROWS)
     first, count = tl.load(places + 2 * sequence), tl.load(places + 2 * sequence + 1)
@@ -176,21 +184,58 @@ def _accept(
     tl.store(fed + 2 * sequence + 1, following)
     tl.store(lengths + 2 * sequence, length)
     tl.store(lengths + 2 * sequence + 1, length)
+    tl.store(later + sequence, length + 2)
     tl.store(told + 2 * sequence, end)
     tl.store(told + 2 * sequence + 1, following)
+    if DRAWN:
+        at = tl.load(line)
+        for step in tl.static_range(STEPS):
+            number = tl.load(ahead + sequence * WIDTH + end + step)
+            tl.store(numbers + (at + step) % RING * ROWS + sequence, number)
 
 
 def accept(
-    tokens: torch.Tensor, late: torch.Tensor, chosen: torch.Tensor, layout: Any, told: torch.Tensor, sequences: int, vocab: int
+    target: Any,
+    layout: Any,
+    later: torch.Tensor,
+    told: torch.Tensor,
+    sequences: int,
+    vocab: int,
+    *,
+    ahead: torch.Tensor | None = None,
+    line: torch.Tensor | None = None,
+    numbers: torch.Tensor | None = None,
+    steps: int = 0,
 ) -> None:
     """Put the last accepted token of each sequence and the one that follows it in place, two rows a sequence.
 
-    tokens, late, chosen: as in `following.Verification`. layout: the tensors of `capture.Layout` of the draft's forward, described
-    as if nothing was accepted; its sources are first row and rows of each sequence. told: [>= sequences, 2] int32 of the host.
+    target: a `following.Verification`. layout: the tensors of `capture.Layout` of the draft's forward, described as if nothing was
+    accepted; its sources are first row and rows of each sequence. later: [>= sequences] int32, slots of the tokens after that.
+    told: [>= sequences, 2] int32 of the host. Of drafts that draw: ahead [>= sequences, width] int64, the numbers of the positions
+    behind the pending token's successor; line [1] int32, the line of numbers [lines, rows] int64 that the first step reads.
     The readable form is `following.accepted`.
     """
-    outputs = (layout.tokens, layout.lengths, told)
-    _accept[(sequences,)](tokens, late, chosen, layout.sources, *outputs, vocab, ROWS=layout.tokens.shape[0], num_warps=2)
+    drawn = ahead is not None
+    _accept[(sequences,)](
+        target.tokens,
+        target.late,
+        target.chosen,
+        layout.sources,
+        layout.tokens,
+        layout.lengths,
+        later,
+        told,
+        ahead if drawn else later,
+        line if drawn else later,
+        numbers if drawn else later,
+        vocab,
+        ROWS=layout.tokens.shape[0],
+        WIDTH=ahead.shape[1] if ahead is not None else 0,
+        RING=numbers.shape[0] if numbers is not None else 1,
+        STEPS=steps if drawn else 0,
+        DRAWN=drawn,
+        num_warps=2,
+    )
 
 
 def embed(embedding: torch.Tensor, layout: Any, x: torch.Tensor, squares: torch.Tensor, rows: int, scale: float) -> None:

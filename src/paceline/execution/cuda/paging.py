@@ -10,6 +10,7 @@ import torch
 
 from paceline.errors import OptionError, ResourceError
 from paceline.execution.base import SequenceHandle
+from paceline.execution.draws import AHEAD
 
 PAGE = 64
 
@@ -134,14 +135,14 @@ class PagedCache:
         sequence.committed, sequence.staged = length, 0
 
     def truncate(self, sequence: PagedSequence, length: int) -> None:
-        """Forget committed tokens from `length` on; pages behind it are given back, but for one of its own that the next two
-        tokens need: they may be there already (`following`)."""
+        """Forget committed tokens from `length` on; pages behind it are given back, but for one of its own that the next tokens
+        need: they may be there already (`following`)."""
         self.check(sequence)
         if not 0 <= length <= sequence.committed:
             raise OptionError(f"length = {length}: must be in 0 .. {sequence.committed}")
         self._move()
         sequence.committed, sequence.staged = length, 0
-        keep, last = -(-length // PAGE), (length + 1) // PAGE
+        keep, last = -(-length // PAGE), (length + AHEAD) // PAGE
         if keep <= last < len(sequence.pages) and self._users[sequence.pages[last]] == 1:
             keep = last + 1
         self._give_back(sequence.pages[keep:])

@@ -17,6 +17,7 @@ from paceline.execution.cuda.stepping import Line
 from paceline.execution.draws import DrawLaw, draw_rows
 
 if TYPE_CHECKING:
+    from paceline.execution.cuda.following import Verification
     from paceline.execution.cuda.forwards import Forwards
 
 _PIECEWISE, _SMALL = 512, GIB
@@ -49,15 +50,22 @@ class Passes:
         """Whether the kernels, 64 rows at a time, read prompts faster than the library."""
         return self._forwards is not None and self._piecewise > 0
 
-    def begin(self, segments: Sequence[Segment], want_hidden: bool, line: Line | None) -> Callable[[], ForwardOutput]:
+    def begin(
+        self,
+        segments: Sequence[Segment],
+        want_hidden: bool,
+        line: Line | None,
+        follow: Callable[[Verification], None] | None = None,
+    ) -> Callable[[], ForwardOutput]:
         """Begin a forward over segments that are staged in the cache; returns what waits for its result.
 
-        line: of a draft's step that may still be before it.
+        line: of a draft's step that may still be before it; follow: see `Line.follow`.
         """
         passes = self._shared_out(segments)
         parts = [self._begin(part, want_hidden, keep=len(passes) > 1) for part in passes]
-        if line is not None and line.follow is not None and len(parts) == 1 and self._forwards is not None:
-            line.follow(self._forwards.verification(segments))
+        whole = len(parts) == 1 and sum(len(segment.tokens) for segment in segments) <= MAX_ROWS
+        if follow is not None and whole and self._forwards is not None:
+            follow(self._forwards.verification(segments))
         logits, states = parts[0].logits, parts[0].hidden
         if len(parts) > 1:
             logits = torch.cat([part.logits for part in parts])

@@ -22,6 +22,7 @@ from paceline.execution.cuda.passes import Passes
 from paceline.execution.cuda.stepping import InLine, Line, Stepping, decode, placed, prepared, reference_steps
 from paceline.execution.structure import describe_structure, merged_weights
 from paceline.models.base import ModelSource
+from paceline.records import DecodedToken
 
 if TYPE_CHECKING:
     from paceline.execution.cuda.forwards import Forwards
@@ -39,7 +40,7 @@ class CudaRunner(Runner):
     decodes_ahead = draws_rows = logits_are_far = takes_late = works_apart = True
     rows_at_once = MAX_ROWS
     follows = True
-    """Whether a draft's next forward begins behind the verification of the last one, before the host knows what was accepted."""
+    """Whether a draft's next steps begin behind the verification of the last one, before the host knows what was accepted."""
 
     @staticmethod
     def unsupported_reason(source: ModelSource, precision: str) -> str | None:
@@ -120,7 +121,7 @@ class CudaRunner(Runner):
 
     @property
     def followed(self) -> int:
-        """Drafts so far whose first forward began before the host knew what to feed."""
+        """Drafts so far whose first steps began before the host knew what to feed."""
         return self._forwards.followed if self._forwards is not None else 0
 
     @property
@@ -180,7 +181,9 @@ class CudaRunner(Runner):
                     for segment in segments:
                         self._cache.stage(owned(segment.sequence), len(segment.tokens))
                     known_segments, line = self._placed(segments)
-                    return self._passes.begin(known_segments, want_hidden, line)
+                    late = next((s.late for s in segments if isinstance(s.late, InLine)), None)
+                    follow = late.line.follow if late is not None and late.line.inputs.device == self._device else None
+                    return self._passes.begin(known_segments, want_hidden, line, follow)
             except torch.OutOfMemoryError as error:
                 if not make_room(self):
                     raise ResourceError(
@@ -209,21 +212,26 @@ class CudaRunner(Runner):
         decoded = decode(jobs, most, stepping)
         for sequence, end, found in zip(own, ends, decoded, strict=True):
             self._cache.keep(sequence, end + max(0, len(found.tokens) - (found.late is None)))
-        self._offer_to_follow(own, ends, feeds, decoded)
+        fed = [
+            Fed(
+                sequence,
+                end - 1,
+                (feed[-1], *(token.token for token in found.tokens)),
+                len(found.tokens) + (found.late is not None),
+                job.law,
+                job.numbers,
+            )
+            for job, sequence, end, feed, found in zip(jobs, own, ends, feeds, decoded, strict=True)
+        ]
+        self._offer_to_follow(fed, decoded)
         return decoded
 
-    def _offer_to_follow(
-        self, own: Sequence[PagedSequence], ends: Sequence[int], feeds: Sequence[Sequence[int]], decoded: Sequence[Decoded]
-    ) -> None:
-        """Let whoever takes the late tokens of drafts begin the forward that comes after their verification."""
+    def _offer_to_follow(self, fed: Sequence[Fed], decoded: Sequence[Decoded]) -> None:
+        """Let whoever takes the late tokens of drafts begin the steps that come after their verification."""
         line = next((found.late.line for found in decoded if isinstance(found.late, InLine)), None)
         forwards = self._forwards
         if line is None or forwards is None or not self.follows:
             return
-        fed = [
-            Fed(sequence, end - 1, (feed[-1], *(token.token for token in found.tokens)))
-            for sequence, end, feed, found in zip(own, ends, feeds, decoded, strict=True)
-        ]
 
         def follow(verification: Verification) -> None:
             if not self.is_offloaded:
@@ -243,17 +251,21 @@ class CudaRunner(Runner):
         with torch.inference_mode(), self._here():
             for sequence, feed in zip(own, feeds, strict=True):
                 self._cache.stage(sequence, len(feed) + most - 1)
-            issue, steps = forwards.begin_steps(jobs, own, feeds, most)
+            issue, steps, rows, issued = forwards.begin_steps(jobs, own, feeds, most)
 
         def issue_here() -> None:
             with self._here():
                 issue()
 
+        def read() -> list[DecodedToken]:
+            tokens = steps.read()
+            return [tokens[row] for row in rows]
+
         def leave() -> list[InLine]:
             line = steps.leave()
-            return [InLine(line, place) for place in range(len(jobs))]
+            return [InLine(line, row) for row in rows]
 
-        return Stepping(issue_here, steps.read, leave)
+        return Stepping(issue_here, read, leave, issued)
 
     def offload(self) -> int:
         """Move the weights to the host's memory and return their bytes; keys and values stay. The next forward brings them back.

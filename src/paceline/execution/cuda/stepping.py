@@ -32,14 +32,15 @@ RING = 256
 
 
 class Stepping(NamedTuple):
-    """A decoding loop's steps, of which the first one was issued."""
+    """A decoding loop's steps, of which the first ones were issued."""
 
     issue: Callable[[], None]
     """Begins another one."""
     read: Callable[[], list[DecodedToken]]
     """Waits for the tokens of the next one in turn."""
     leave: Callable[[], Sequence[LateToken]]
-    """The tokens of the next one in turn, which is the last one, without waiting."""
+    """The tokens of the next one in turn, about which nobody is asked, without waiting."""
+    issued: int = 1
 
 
 class Line:
@@ -49,10 +50,12 @@ class Line:
         """inputs: [64] int32, the tokens on their device, until its runner begins to decode again; 0 for those that came to
         nothing."""
         self._read, self.inputs = read, inputs
+        self.is_last = True
+        """Whether the inputs are still those that this step left."""
         self._tokens: list[DecodedToken] | None = None
         self.waited = 0.0
         self.follow: Callable[[Verification], None] | None = None
-        """Begins the next draft's first forward behind a verification of this one."""
+        """Begins the next draft's first steps behind a verification of this one."""
 
     @property
     def is_known(self) -> bool:
@@ -76,7 +79,7 @@ class InLine(LateToken):
 
     def is_on(self, device: torch.device) -> bool:
         """Whether it is to be fetched there rather than read."""
-        return not self.line.is_known and self.line.inputs.device == device
+        return self.line.is_last and not self.line.is_known and self.line.inputs.device == device
 
     def wait(self) -> DecodedToken:
         tokens = self.line.tokens()
@@ -108,18 +111,48 @@ class Steps:
         self._left = None
         self._lines.clear()
 
+    def begin_behind(self) -> None:
+        """As `begin`, without waiting: whoever takes the line that was left has sent for it, or reads it soon."""
+        if self._left is not None:
+            self._left.is_last = False
+        self._left = None
+        self._lines.clear()
+
     def leave(self) -> Line:
         """The oldest line that was not read, without waiting for it."""
         self._left = self._lines.popleft()
         return self._left
 
-    def describe(self, jobs: Sequence[Decoding]) -> bool:
-        """Send laws and random numbers of the coming steps; returns whether any sequence draws."""
-        if all(job.law is None for job in jobs):
-            return False
-        self.make_drawer().describe([job.law for job in jobs])
-        self.make_drawer().send([job.numbers if job.law is not None else () for job in jobs], self._issued % RING)
-        return True
+    def describe(self, jobs: Sequence[Decoding]) -> None:
+        """Send laws and random numbers of the coming steps."""
+        if any(job.law is not None for job in jobs):
+            self.make_drawer().describe([job.law for job in jobs])
+            self.send([job.numbers if job.law is not None else () for job in jobs])
+
+    def send(self, numbers: Sequence[Sequence[int]]) -> None:
+        """Send the random numbers of each row for the coming steps."""
+        if any(numbers):
+            self.make_drawer().send(numbers, self._issued % RING)
+
+    def accept(
+        self, target: Verification, layout: Layout, told: torch.Tensor, numbers: Sequence[Sequence[int]], steps: int
+    ) -> None:
+        """Let the device accept what `target` verifies, and put what is fed next into `layout`, and what follows it here.
+
+        numbers: as `following.numbers_ahead`.
+        """
+        from paceline.execution.cuda.fused import accept
+
+        drawn: dict[str, Any] = {}
+        if any(numbers):
+            drawer = self.make_drawer()
+            drawn = {"ahead": drawer.beside(numbers), "line": self._line, "numbers": drawer.numbers, "steps": steps}
+        accept(target, layout, self.layout.lengths, told, len(numbers), self._vocab, **drawn)
+
+    def silence(self, slots: Sequence[int]) -> None:
+        """Let rows whose slot is -1 write where nobody reads. slots: of each row."""
+        sent = torch.tensor(slots, dtype=torch.int32, pin_memory=self.layout.sequences.is_cuda)
+        self.layout.sequences[: len(slots)].copy_(sent, non_blocking=True)
 
     def make_drawer(self) -> Drawer:
         """What draws at the end of steps; made when it is first needed."""
@@ -148,6 +181,8 @@ class Steps:
         line = self._issued % RING
         self._written[line].record()
         self._issued += 1
+        for before in self._lines:
+            before.is_last = False
         self._lines.append(Line(partial(self._read, line, count), self.layout.tokens))
 
     def restart(self) -> None:
@@ -217,7 +252,7 @@ def decode(jobs: Sequence[Decoding], most: int, stepping: Stepping) -> list[Deco
     limits = [min(job.most, most) for job in jobs]
     going = [limit > 1 for limit in limits]
     decoded: list[list[DecodedToken]] = [[] for _ in jobs]
-    issued, seen = 1, 0
+    issued, seen = stepping.issued, 0
     while any(going):
         if issued < most:
             stepping.issue()
@@ -232,7 +267,7 @@ def decode(jobs: Sequence[Decoding], most: int, stepping: Stepping) -> list[Deco
                 continue
             decoded[i].append(token)
             if going[i] and not job.keep_on(token):
-                limits[i] = min(limits[i], issued)
+                limits[i] = min(limits[i], seen + 1)
             going[i] = going[i] and len(decoded[i]) + 1 < limits[i]
     late = stepping.leave() if seen < issued else ()
     return [Decoded(found, late[i] if len(found) < limits[i] else None) for i, found in enumerate(decoded)]
