@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -20,11 +19,11 @@ from paceline.execution.cuda.paging import PAGE
 TAIL = 128
 """Keys of a row that attention takes one by one, at most."""
 ROW_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 20, 24, 28, 32, 48, 64)
-GENERAL_ROWS = (8, 16, 32, 48, 64)
-"""Rows of graphs that serve any batch of so many rows, captured before the first round."""
-CAPTURE_AFTER = 128
-"""Forwards of a shape that a more general graph serves before it gets its own: a capture takes as long as several plain steps, and
-what its own graph saves is a few percent of a forward at most."""
+GENERAL_ROWS = (8, 16, 24, 32, 40, 48, 56, 64)
+"""Rows of graphs that serve any batch of so many rows, captured before the first round. A capture takes as long as several plain
+steps, and a graph for just one way to share rows out saves a percent of a forward at most: there is none."""
+FEW_BLOCKS = 16
+"""Blocks of query rows of most batches, which have a block a sequence: idle ones took 4 % of a forward over 64 rows."""
 LEAST_CHUNKS = 8
 """Of keys in attention's grid: idle blocks of short contexts cost less than more graphs."""
 _FIELDS = ("tokens", "lengths", "depths", "indices", "sequences", "sources")
@@ -194,13 +193,13 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def general(shape: Shape, block_tokens: int) -> Shape:
-    """A shape that serves this one and any other of about as many rows, however they are shared out among sequences.
+def general(rows: int, blocks: int, block_tokens: int, chunks: int) -> Shape:
+    """A shape that serves any batch of about so many rows and blocks, however they are shared out among sequences.
 
     block_tokens: tokens of a block in long segments. A block holds one row at least, so there are never more blocks than rows.
     """
-    rows = next(rows for rows in GENERAL_ROWS if rows >= shape.rows)
-    return Shape(rows, rows, block_tokens, shape.chunks)
+    rows = next(some for some in GENERAL_ROWS if some >= rows)
+    return Shape(rows, min(rows, FEW_BLOCKS) if blocks <= FEW_BLOCKS else rows, block_tokens, chunks)
 
 
 def for_steps(shape: Shape) -> Shape:
@@ -217,7 +216,6 @@ class Graphs:
     def __init__(self) -> None:
         self._pool: Any = None
         self._graphs: dict[object, torch.cuda.CUDAGraph] = {}
-        self._needed: Counter[Shape] = Counter()
         self.captures = 0
         """Graphs captured so far."""
         self.seconds = 0.0
@@ -232,21 +230,20 @@ class Graphs:
         self._graphs = {}
 
     def choose(self, wanted: Shape, counts: Sequence[int], block_tokens: int) -> Shape:
-        """The shape to run a forward with: its own if that was captured or is needed often, else a captured one that has room.
+        """The shape to run a forward with: its own if that was captured, else the closest one that was and has room, else one that
+        serves others, too.
 
         counts: rows of each segment. Rows are the same whatever shape they are in, and a more general one is a little slower.
         """
         if wanted in self._graphs:
             return wanted
-        self._needed[wanted] += 1
-        if self._needed[wanted] >= CAPTURE_AFTER:
-            return wanted
-        bound = general(wanted, block_tokens)
+        rows = sum(counts)
+        bound = general(rows, num_blocks(counts, block_tokens), block_tokens, wanted.chunks)
         fitting = [
             shape
             for shape in self._graphs
             if isinstance(shape, Shape)
-            and wanted.rows <= shape.rows <= bound.rows
+            and rows <= shape.rows <= bound.rows
             and shape.chunks == wanted.chunks
             and num_blocks(counts, shape.block_tokens) <= shape.blocks
         ]

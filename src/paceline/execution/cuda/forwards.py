@@ -6,7 +6,6 @@ Needs a GPU (and Triton to import). Call everything under `torch.inference_mode`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,10 +33,13 @@ from paceline.execution.cuda.drawing import Drawer
 from paceline.execution.cuda.following import FED, Fed, Following, Verification, fits, matched, numbers_ahead
 from paceline.execution.cuda.fused import BestToken
 from paceline.execution.cuda.linears import MAX_ROWS
+from paceline.execution.cuda.memory import GIB
 from paceline.execution.cuda.paging import PagedCache, PagedSequence
 from paceline.execution.cuda.stepping import Steps
 from paceline.execution.draws import AHEAD, DrawLaw
 
+_USUAL_STEPS = (1, 4, 8, 16)
+"""Sequences for whose steps graphs are captured at the start."""
 _USUAL_ROWS = 20
 """Rows of one sequence for which graphs are captured at the start, beside those for any batch; others are when needed often."""
 
@@ -74,9 +76,11 @@ class Forwards:
     def capture_usual(self) -> None:
         """Capture what one sequence needs at usual lengths and what serves any batch there, so that no round waits for it."""
         usual = [self._shape([Rows(0, 0, range(rows), None)]) for rows in ROW_BUCKETS if rows <= _USUAL_ROWS]
-        for shape in usual + [general(replace(usual[0], rows=rows), self._long_block()) for rows in GENERAL_ROWS]:
+        any_batch = {general(rows, blocks, self._long_block(), usual[0].chunks) for rows in GENERAL_ROWS for blocks in (1, rows)}
+        for shape in [*usual, *sorted(any_batch, key=lambda shape: (shape.rows, shape.blocks))]:
             self._prepare(shape)
-        self._prepare_steps(usual[0], drawn=False)
+        for sequences in _USUAL_STEPS if self._decoder.weight_bytes < GIB else (1,):  # of larger models hardly one drafts
+            self._prepare_steps(self._step_shape(sequences, 0), drawn=False)
         self._layout.clear()
         self._steps.accept(self.verification(()), self._layout, self._told, [[]], 0)  # compiles it
 
