@@ -36,6 +36,8 @@ waste where estimates are too high, and leave the last rounds less full."""
 _MORE, _MOST = 2, 160
 """Tokens beyond its share that a sequence may draft where others leave rows to it (random numbers are made for all of them), and
 the most drafted tokens of a round that is priced."""
+_LONGEST_REST = 2
+"""Times that the rest after an offer which clearly did not pay may double: asking sixteen takes a quarter of a plain step."""
 _UNDER_WAY = 2
 """Rounds that may be planned and not yet settled."""
 _PROBED = 2
@@ -59,6 +61,8 @@ class JointPlanner:
         """Losses granted to rounds that are not settled, which the bank forgets when it settles another one."""
         self._outside: dict[int, Line] = {}
         """Seconds of a speculative round outside forward and drafting, by its batch size: planning, judging and committing."""
+        self._refused: dict[int, int] = {}
+        """How often the rest after an offer doubled, by batch size."""
         self._settled = 0
         """Records of the last round that were settled."""
         self.prober = -1
@@ -84,7 +88,7 @@ class JointPlanner:
             count = len(found.order)
             if not self._may_probe(found, plain, lane, now):
                 if merit < CLEARLY_NOT:
-                    lane.rest_until = now + REST * batch
+                    lane.rest_until = now + self._rest(batch) * batch
                 return [Plan(None, 0, self._why_plain(merit), 1.0, plain)] * len(contexts)
             self.prober = shares[0].context.request_id
         else:
@@ -94,6 +98,7 @@ class JointPlanner:
             lane.rest_until = now + REST * batch
             return [SAVING] * len(contexts)
         found.give(count)
+        self._refused.pop(batch_bucket(batch), None)
         return self._grant(offered, found, count, batch, probe)
 
     def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool | None:
@@ -134,6 +139,13 @@ class JointPlanner:
         """The request ended."""
         self._running.pop(request_id, None)
         self._lags.pop(request_id, None)
+
+    def _rest(self, batch: int) -> int:
+        """Rounds to rest after an offer that clearly does not pay: twice as many as after the last one of this batch size."""
+        bucket = batch_bucket(batch)
+        times = self._refused.get(bucket, 0)
+        self._refused[bucket] = min(times + 1, _LONGEST_REST)
+        return REST << times
 
     def _outside_of(self, batch: int) -> Line:
         bucket = batch_bucket(batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -151,3 +152,23 @@ def test_an_interruption_of_drafts_that_share_their_steps_is_not_charged_as_if_e
     refused = {"num_accepted": 0, "num_emitted": 1, "batch_emitted": BATCH}
     observe(controller, [replace(r, round_seconds=r.round_seconds + 0.12, **refused) for r in finished(plans)])
     assert before - controller._bank.slack < 25 * MS
+
+
+def test_what_clearly_does_not_pay_is_asked_for_ever_less_often() -> None:
+    controller = ready()
+    asked: list[int] = []
+    for number in range(200):
+        if controller.plan_unseen("", BATCH) is None:
+            plans = controller.plan_batch(contexts())
+            asked.append(number)
+        else:
+            plans = [Plan(None, 0)] * BATCH
+        refused = {"num_accepted": 0, "num_emitted": 1, "batch_emitted": BATCH}
+        observe(controller, [replace(r, **refused) for r in finished(plans)])
+    rests = [later - sooner for sooner, later in pairwise(asked)]
+    assert max(rests[len(rests) // 2 :]) >= 32
+    for _ in range(60):  # and soon found again where it does
+        if controller.plan_unseen("", BATCH) is None:
+            plans = controller.plan_batch(contexts())
+        observe(controller, finished(plans))
+    assert any(plan.num_draft for plan in plans)

@@ -15,6 +15,7 @@ from paceline.drafting.model import ModelDrafter
 from paceline.engine import Engine
 from paceline.execution.cuda.driver import missing_reason
 from paceline.execution.cuda.following import Verification, accepted
+from paceline.execution.cuda.linears import MAX_ROWS
 from paceline.execution.cuda.runner import CudaRunner
 from paceline.execution.cuda.stepping import RING
 from paceline.execution.draws import AHEAD, NUMBER_BITS
@@ -101,7 +102,8 @@ def test_drafts_are_those_of_forwards_that_the_host_begins(
         before = draft.followed
         got = engine.generate(prompts, params)
         rounds = max(len(result.steps) for result in got)
-        assert draft.followed - before > 0.8 * rounds
+        if num_prompts * (num_draft + 1) <= MAX_ROWS:  # else no single forward verifies them
+            assert draft.followed - before > 0.8 * rounds
         monkeypatch.setattr(CudaRunner, "follows", False)
         before = draft.followed
         assert told(engine.generate(prompts, params)) == told(got)
