@@ -98,7 +98,8 @@ class JointPlanner:
             lane.rest_until = now + REST * batch
             return [SAVING] * len(contexts)
         found.give(count)
-        self._refused.pop(batch_bucket(batch), None)
+        bucket = batch_bucket(batch)
+        self._refused[bucket] = max(0, self._refused.get(bucket, 0) - 1)
         return self._grant(offered, found, count, batch, probe)
 
     def keep_drafting(self, request_id: int, features: DraftFeatures) -> bool | None:

@@ -254,7 +254,7 @@ def decode(jobs: Sequence[Decoding], most: int, stepping: Stepping) -> list[Deco
     decoded: list[list[DecodedToken]] = [[] for _ in jobs]
     issued, seen = stepping.issued, 0
     while any(going):
-        if issued < most:
+        if issued < min(most, seen + 2):  # one step runs while the token before is asked about
             stepping.issue()
             issued += 1
         tokens = stepping.read()
