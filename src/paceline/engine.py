@@ -63,6 +63,8 @@ class Engine:
         self._ids = count()
         self._finished: list[tuple[Request, Callable[[], StepRecord]]] = []
         """Of the last round, until somebody asks: each sequence's record in the making."""
+        self._answered = 0.0
+        """When the last verification was known."""
         self._learning = 0.0
         """Seconds that it took to learn from the last round: the coming one pays for them."""
 
@@ -237,7 +239,9 @@ class Engine:
                 request.assemble_text()
             self._learn(controller)
             self._learning = 0.0
-        return result(), waited
+        output = result()
+        self._answered = perf_counter()
+        return output, waited
 
     def _learns_later(self, requests: Sequence[Request], controller: Controller) -> bool:
         """Whether the last round can wait until the device works on the coming one: a batch's, which takes a while, where the
@@ -280,8 +284,11 @@ class Engine:
                 step.draft_seconds += (seconds := perf_counter() - started)
                 drafting += seconds
         for name, joined in waiting.items():
-            started = perf_counter()
+            runner, started = together[name].verifier, perf_counter()
+            followed = runner.followed if runner is not None else 0
             drafts = together[name].propose_together([job for _, job in joined])
+            if runner is not None and runner.followed > followed:  # its first steps ran behind the last verification
+                started = self._answered
             drafting += (seconds := perf_counter() - started)
             for (step, _), draft in zip(joined, drafts, strict=True):
                 step.draft = draft

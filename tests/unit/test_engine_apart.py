@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from time import sleep
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from paceline.control.base import Controller, RoundContext
 from paceline.costs import CostTable
 from paceline.drafting.model import ModelDrafter
 from paceline.engine import Engine
-from paceline.execution.base import ForwardOutput, Segment
+from paceline.execution.base import Decoded, Decoding, ForwardOutput, Segment
 from paceline.output import OutputAssembler
 from paceline.records import Plan, StepRecord
 from paceline.sampling import argmax_rows
@@ -204,3 +205,26 @@ def test_a_forward_that_nobody_splits_has_its_result_at_once() -> None:
     assert toy.forwards == 1
     assert result().logits.shape == (2, VOCAB)
     assert toy.forwards == 1
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_draft_that_began_behind_the_verification_takes_time_from_when_that_ended(follows: bool) -> None:
+    class Follower(AheadToy):
+        followed = 0
+
+        def decode_ahead(self, jobs: Sequence[Decoding]) -> list[Decoded]:
+            self.followed += follows
+            return super().decode_ahead(jobs)
+
+    class Slow(Teller):
+        def plan(self, context: RoundContext) -> Plan:
+            sleep(0.02)
+            return super().plan(context)
+
+    engine = engine_of(Slow([], lambda _: False))
+    engine.drafters = [ModelDrafter(Follower(noisy_language(LANGUAGE, 0.3, seed=5)))]
+    (result,) = engine.generate([PROMPTS[0]], SamplingParams(max_tokens=12, ignore_eos=True))
+    drafted = [step for step in result.steps[1:] if step.num_drafted]
+    assert len(drafted) > 1
+    assert all((step.draft_seconds >= 0.02) is follows for step in drafted)
+    assert all((step.batch_draft_seconds >= 0.02) is follows for step in drafted)

@@ -21,6 +21,8 @@ from paceline.records import Outlook
 
 _LEAST_CHANCE = 0.02
 """Chance of acceptance under which a token is no candidate, unless it is a draft's first one."""
+_DEEP = 8
+"""Depth up to which rounds are searched, or twice what each sequence has on average, if that is more."""
 _HEAVIEST, _PACE = 2.0, 3
 """Largest weight of a sequence's tokens (and its inverse the least), and drafted tokens that tell its pace."""
 
@@ -158,13 +160,14 @@ def best_round(
     As `allocate` with every `deepest` in turn and `Allocation.best` of each, which is the readable form; here over arrays, one row
     for each depth, for it runs in every round. Arguments as there; batch: sequences, also those without a draft.
     """
-    width = max(len(share.rates) for share in shares)
-    chances = np.array([share.rates + [0.0] * (width - len(share.rates)) for share in shares]).cumprod(1)
+    last = len(forwards) - 1 if most is None else min(len(forwards) - 1, most)
+    width = min(max(len(share.rates) for share in shares), max(_DEEP, 2 * last // len(shares)))
+    chances = np.array([(share.rates + [0.0] * width)[:width] for share in shares]).cumprod(1)
     weights = np.array([share.weight for share in shares])
     likely = chances >= _LEAST_CHANCE
     likely[:, 0] = True
     (places,) = likely.ravel().nonzero()
-    places = places[np.argsort(-(weights[:, None] * chances).ravel()[places], kind="stable")]
+    places = places[(-(weights[:, None] * chances).ravel()[places]).argsort(kind="stable")]
     owners, depths = np.divmod(places, width)
     depths += 1
     taken = depths <= np.arange(1, depths.max() + 1)[:, None]
@@ -173,14 +176,16 @@ def best_round(
     own = np.array([(each + serial * s.per_token, s.once + serial * s.fixed) for s in shares])[owners]
     host = (taken * (own[:, 0] + (depths == 1) * own[:, 1])).cumsum(1)
     reached = taken * depths
-    for drafter, share in {share.outlook.drafter: share for share in shares}.items():
-        mine = np.array([one.outlook.drafter == drafter for one in shares])[owners]
-        deep = np.maximum.accumulate(reached * mine, 1)
+    drafters = {share.outlook.drafter: share for share in shares}
+    for drafter, share in drafters.items() if serial < 1.0 else ():
+        mine = reached
+        if len(drafters) > 1:
+            mine = reached * np.array([one.outlook.drafter == drafter for one in shares])[owners]
+        deep = np.maximum.accumulate(mine, 1)
         host += (1.0 - serial) * (share.per_token * deep + share.fixed * (deep > 0))
-    last = min(len(forwards) - 1, most if most is not None else len(places))
-    rows = np.maximum(np.asarray(forwards), forwards[0])[np.minimum(counts, last)]  # near equals are noisy
+    rows = np.maximum(forwards, forwards[0])[np.minimum(counts, last)]  # near equals are noisy
     seconds = rows + once + host
-    speeds = np.where(taken & (counts <= last), (batch + emitted) / seconds, 0.0)
+    speeds = (taken & (counts <= last)) * (batch + emitted) / seconds
     depth, place = divmod(int(speeds.argmax()), len(places))
     kept = taken[depth] & (counts[depth] <= last)
     found = Allocation(

@@ -198,6 +198,12 @@ class Runner(ABC):
         """
         raise NotImplementedError(f"the {self.info.backend} backend decodes token by token")
 
+    @property
+    def followed(self) -> int:
+        """Calls of `decode_ahead` so far whose first steps ran before the call: behind the verification of the last tokens, which
+        the device accepted by itself. They take time from when that verification ended."""
+        return 0
+
     rows_at_once: int | None = None
     """Rows beyond which a forward over several sequences is done in several passes, each at the price of a forward; None: never."""
 

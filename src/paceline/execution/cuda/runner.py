@@ -121,7 +121,6 @@ class CudaRunner(Runner):
 
     @property
     def followed(self) -> int:
-        """Drafts so far whose first steps began before the host knew what to feed."""
         return self._forwards.followed if self._forwards is not None else 0
 
     @property
