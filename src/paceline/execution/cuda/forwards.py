@@ -41,7 +41,7 @@ from paceline.execution.draws import AHEAD, DrawLaw
 _USUAL_STEPS = (1, 4, 8, 16)
 """Sequences for whose steps graphs are captured at the start."""
 _USUAL_ROWS = 20
-"""Rows of one sequence for which graphs are captured at the start, beside those for any batch; others are when needed often."""
+"""Rows of one sequence for which graphs are captured at the start; more are served by those for any batch."""
 
 
 class Begun(NamedTuple):
@@ -68,9 +68,9 @@ class Forwards:
         self._steps = Steps(layout, self._vocab)
         self.graphs = Graphs()
         self.following: Following | None = None
-        """The last forward, where it was begun behind a verification."""
+        """What runs since the last verification, while nothing else was run."""
         self.followed = 0
-        """Drafts whose first forward that was."""
+        """Drafts whose first steps that was."""
         self._told = torch.zeros(MAX_ROWS, 2, dtype=torch.int32, pin_memory=True)
 
     def capture_usual(self) -> None:
@@ -136,6 +136,8 @@ class Forwards:
 
         def accept() -> None:
             steps.begin_behind()
+            if drawn:  # rows are in another order where a sequence left its place
+                steps.describe_laws([draft.law for draft in fed])
             steps.layout.fill(later, shape, range(FED - 1, FED * len(fed), FED))
             steps.accept(target, self._layout, self._told, numbers, count)
             there.record()

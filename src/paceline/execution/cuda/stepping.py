@@ -20,7 +20,7 @@ from paceline.errors import OptionError
 from paceline.execution.base import Decoded, Decoding, Runner, Segment, SequenceHandle, known, prefill, with_last
 from paceline.execution.cuda.capture import Layout, check
 from paceline.execution.cuda.linears import MAX_ROWS
-from paceline.execution.draws import draw_from, row_weights
+from paceline.execution.draws import DrawLaw, draw_from, row_weights
 from paceline.records import DecodedToken, LateToken
 
 if TYPE_CHECKING:
@@ -101,6 +101,8 @@ class Steps:
         self._issued = 0
         self._vocab = vocab
         self._drawer: Drawer | None = None
+        self._laws: list[DrawLaw | None] = []
+        """Those that were sent last."""
         self._lines: deque[Line] = deque()
         self._left: Line | None = None
 
@@ -126,8 +128,14 @@ class Steps:
     def describe(self, jobs: Sequence[Decoding]) -> None:
         """Send laws and random numbers of the coming steps."""
         if any(job.law is not None for job in jobs):
-            self.make_drawer().describe([job.law for job in jobs])
+            self.describe_laws([job.law for job in jobs])
             self.send([job.numbers if job.law is not None else () for job in jobs])
+
+    def describe_laws(self, laws: Sequence[DrawLaw | None]) -> None:
+        """Send the law of each row, unless it is there."""
+        if self._laws[: len(laws)] != list(laws):
+            self._laws = list(laws)
+            self.make_drawer().describe(laws)
 
     def send(self, numbers: Sequence[Sequence[int]]) -> None:
         """Send the random numbers of each row for the coming steps."""
