@@ -31,7 +31,7 @@ from paceline.errors import ResourceError
 _SOURCES = compiled.Sources(
     name="suffix",
     folder=Path(__file__).parent,
-    files=("suffix_index.c", "ngram_table.h"),
+    files=("suffix_index.c", "suffix_index.h", "suffix_walks.h", "ngram_table.h"),
     flags=("-O2", "-ffp-contract=off"),
     abi=("paceline_suffix_abi", 4),
 )
