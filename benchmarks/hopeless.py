@@ -2,7 +2,7 @@
 
     python benchmarks/hopeless.py --prompts FILE.jsonl --json OUT.json
 
-The promise: time <= 1.01 x plain + the bank's start (four plain steps an engine, not a request).
+The promise: time <= 1.01 x plain + the bank's start (eight plain steps an engine, not a request).
 """
 
 from __future__ import annotations

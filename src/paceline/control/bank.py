@@ -53,13 +53,13 @@ class TimeBank(Structure):
 
     @property
     def is_short(self) -> bool:
-        """Less is left than half of the start."""
-        return self.slack < 0.5 * self._start * self._opened_at
+        """Less is left than a quarter of the start."""
+        return self.slack < 0.25 * self._start * self._opened_at
 
     @property
     def is_ample(self) -> bool:
         """It could pay several rounds at their worst."""
-        return self.slack >= 4.0 * self._start * self._opened_at
+        return self.slack >= 2.0 * self._start * self._opened_at
 
     def open(self, plain_seconds: float) -> None:
         """Set the start from the time of a plain step."""

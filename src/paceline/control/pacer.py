@@ -66,8 +66,9 @@ class PacerOptions:
     eps: float = 0.009
     """Share of plain time that speculation may lose in the long run (0 to 1). A tenth less than the promised percent: what drafters
     do with committed tokens does not show."""
-    start: float = 4.0
-    """What it may lose at once, in plain steps (0 to 1000)."""
+    start: float = 8.0
+    """What it may lose at once, in plain steps (0 to 1000). With half of it an engine whose first drafts are unlucky has too little
+    left to find out that others pay: it stayed plain for hundreds of tokens."""
     cap: float = 200.0
     """Most that is kept of earlier gains, in plain steps (0 to 1e6)."""
     margin: float = 0.02

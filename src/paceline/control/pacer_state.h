@@ -101,9 +101,9 @@ static inline int64_t signal_bucket(int64_t signal) {
 
 /* ---------- TimeBank ---------- */
 
-static inline int bank_is_short(const TimeBank *bank) { return bank->slack < 0.5 * bank->start * bank->opened_at; }
+static inline int bank_is_short(const TimeBank *bank) { return bank->slack < 0.25 * bank->start * bank->opened_at; }
 
-static inline int bank_is_ample(const TimeBank *bank) { return bank->slack >= 4.0 * bank->start * bank->opened_at; }
+static inline int bank_is_ample(const TimeBank *bank) { return bank->slack >= 2.0 * bank->start * bank->opened_at; }
 
 static int bank_grant(TimeBank *bank, double loss) {
     if (bank->slack < bank->granted + loss) return 0;

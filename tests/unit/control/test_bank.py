@@ -123,11 +123,11 @@ def test_time_stays_within_the_bound_at_every_moment(seed: int, worst: float, ep
         assert time <= (1 + eps) * plain * tokens + start * plain + 1e-9
 
 
-def test_bank_is_short_with_less_than_half_of_its_start() -> None:
-    bank = TimeBank(start=4.0)
+def test_bank_is_short_with_less_than_a_quarter_of_its_start() -> None:
+    bank = TimeBank(start=8.0)
     bank.open(1.0)
     assert not bank.is_short
-    bank.settle(1.0, 1.0, 2.9)
+    bank.settle(1.0, 1.0, 6.9)
     assert not bank.is_short
     bank.settle(1.0, 1.0, 1.5)
     assert bank.is_short
