@@ -128,9 +128,12 @@ def test_kernels_and_torch_estimate_alike_and_near_the_truth() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_chooses_for_itself_whatever_its_neighbours_do(backend: str) -> None:
     graded = target(backend, precision="int4+int8")
+    if not graded.info.deterministic_rows:
+        pytest.skip(f"a row's last bits depend on its neighbours here: {'; '.join(graded.info.lost_paths)}")
     graded.set_thresholds(torch.full((LAYERS, 4), -1.0))
     errors = graded.rounding_errors(PROMPT)
-    middle = errors.median(dim=0).values
+    ranked = errors.sort(dim=0).values  # a limit between two rows: alone, a row's error may have other last bits
+    middle = (ranked[len(ranked) // 2 - 1] + ranked[len(ranked) // 2]) / 2
     graded.set_thresholds(middle)
     together = logits_of(graded)
     sequence = graded.open()

@@ -9,7 +9,8 @@ from paceline.execution.base import Segment, prefill
 from paceline.execution.hf import HFRunner, unsupported_reason
 from unit.execution.toy_sources import CONFIGS, ToySource, feed, random_tokens, stock_logits, stock_model
 
-EXACT = {"rtol": 1e-5, "atol": 1e-5}
+EXACT = {"rtol": 1e-4, "atol": 5e-5}
+"""Sums over other numbers of rows go in another order, which shows more where vectors are narrow."""
 TREE = (-1, 0, 0, 1, 1, 2, 3)
 
 
