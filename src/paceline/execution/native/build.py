@@ -24,7 +24,12 @@ KERNELS = compiled.Sources(
 def kernels_name() -> str:
     """Name of the loaded kernels, which tells their sources, flags, compiler and processor; empty if there are none."""
     library = load_library()
-    return "" if isinstance(library, str) else Path(library._name).stem
+    return "" if isinstance(library, str) else name_of(library)
+
+
+def name_of(library: ctypes.CDLL) -> str:
+    """Name of the file that was loaded, without its folder."""
+    return Path(library._name).stem
 
 
 @cache

@@ -84,7 +84,6 @@ static void put_acts(Acts *a, int kind, int k, int row, int at, const float *src
   }
 }
 
-
 /* Parts [part, part + parts) of a tile times m rows; y[r][BLOCK]. */
 #define TILE_ARGS const uint8_t *t, int part, const int parts, int k, const Acts *a, int row, const int m, float *y
 

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -26,7 +25,7 @@ from paceline.execution.base import (
 )
 from paceline.execution.native import binding
 from paceline.execution.native.arena import zeros
-from paceline.execution.native.build import load_library
+from paceline.execution.native.build import load_library, name_of
 from paceline.execution.native.drawing import Drawer
 from paceline.execution.native.sequence import NativeSequence, copy_rows, keys_of
 from paceline.execution.native.weights import KINDS, NativeWeights
@@ -98,7 +97,7 @@ class NativeRunner(Runner):
             extra={
                 "threads": str(self._threads),
                 "kv": "float32" if precision == "fp32" else "bfloat16",
-                "kernel": Path(library._name).stem,
+                "kernel": name_of(library),
             },
         )
         if set(precision.split("+")) <= {"int4", "int8"}:

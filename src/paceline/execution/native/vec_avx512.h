@@ -55,19 +55,6 @@ INLINE void dot_bytes(const uint8_t *w, const int8_t *x, int stride, const int m
   EACH(r, m) out[r] = dot32(_mm512_set1_epi32(-128 * sum[(size_t)r * sum_stride]), v, x + (size_t)r * stride);
 }
 
-#ifdef __AVX512DQ__
 INLINE vecl whole_low(vec x) { return (vecl)_mm512_cvttps_epi64(_mm512_castps512_ps256((__m512)x)); }
 INLINE vecl whole_high(vec x) { return (vecl)_mm512_cvttps_epi64(_mm512_extractf32x8_ps((__m512)x, 1)); }
-#else
-INLINE vecl whole_low(vec x) {
-  vecl r;
-  for (int i = 0; i < LANES / 2; i++) r[i] = (int64_t)x[i];
-  return r;
-}
-INLINE vecl whole_high(vec x) {
-  vecl r;
-  for (int i = 0; i < LANES / 2; i++) r[i] = (int64_t)x[i + LANES / 2];
-  return r;
-}
-#endif
 #endif
